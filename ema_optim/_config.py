@@ -1,0 +1,51 @@
+"""What a user may set, and what is said of a value that is out of its range."""
+
+import torch
+
+from .schedules import check_decay
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def ema_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of the EMA of a parameter: fp32 for every narrower float, complex stays complex."""
+    if dtype.is_complex:
+        if wanted is not None:
+            return _COMPLEX[wanted]
+        return torch.complex64 if dtype.itemsize < 8 else dtype
+    if wanted is not None:
+        return wanted
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def check_group_decay(decay: object) -> float:
+    """A group's own ``ema_decay`` is a float: schedules belong to the whole optimizer."""
+    if callable(decay):
+        raise TypeError(
+            "ema_decay of a param group must be a float, got a callable: pass a schedule as decay="
+        )
+    try:
+        return float(check_decay(decay))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"ema_decay of a param group: {error}") from None
+
+
+def check_count(name: str, value: int, least: int) -> int:
+    """Return ``value`` if it is an int of at least ``least``; raise TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int (optimizer steps), got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least} (optimizer steps), got {value}")
+    return value
+
+
+def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return ``dtype`` if an EMA can be stored so; raise TypeError or ValueError."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r}")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype must be None, torch.float32 or torch.float64, got {dtype}: "
+            "rounded to nearest into a narrower dtype, an EMA stops moving"
+        )
+    return dtype

@@ -1,0 +1,243 @@
+"""An optimizer that stands in front of another one: torch's surface and hooks, no arithmetic."""
+
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ._config import check_group_decay
+from ._shadow import Group
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class ForwardingOptimizer(Optimizer):
+    """The part of an optimizer's surface that is the inner optimizer's, looked up where it lives.
+
+    Forwarded and not shared: torch replaces ``param_groups`` on every load, and a second reference
+    to the old ones would disconnect the learning-rate scheduler without a word. The instance's
+    hooks run here, around the abstract methods; the inner optimizer's and torch's global ones run
+    inside the inner optimizer: each once.
+    """
+
+    inner: Optimizer
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        # Optimizer.__init__ is not called: it would build groups, state and a profiled step of its
+        # own beside the inner optimizer's.
+        ForwardingOptimizer.__setstate__(self, {"inner": optimizer})
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The inner optimizer's param groups."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[Group]) -> None:
+        self.inner.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return self.inner.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.inner.defaults = value
+
+    # A GradScaler sets the next two on the optimizer it was given, steps a fused optimizer even
+    # when the step is to be skipped, and deletes them again. It reads them with a default, so a
+    # missing one has to stay an AttributeError.
+
+    @property
+    def grad_scale(self) -> Any:
+        """The scale by which a fused inner optimizer divides the gradients."""
+        return self.inner.grad_scale  # type: ignore[attr-defined]
+
+    @grad_scale.setter
+    def grad_scale(self, value: Any) -> None:
+        self.inner.grad_scale = value  # type: ignore[attr-defined]
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        del self.inner.grad_scale  # type: ignore[attr-defined]
+
+    @property
+    def found_inf(self) -> Any:
+        """Whether a fused inner optimizer is to skip the step."""
+        return self.inner.found_inf  # type: ignore[attr-defined]
+
+    @found_inf.setter
+    def found_inf(self, value: Any) -> None:
+        self.inner.found_inf = value  # type: ignore[attr-defined]
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        del self.inner.found_inf  # type: ignore[attr-defined]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return bool(self.inner._step_supports_amp_scaling)  # type: ignore[attr-defined]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run the inner optimizer's step, then average.
+
+        Neither the EMA nor its counter moves on a step that a ``GradScaler`` has skipped.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; passed through once.
+
+        Returns:
+            What the inner step returned.
+
+        Raises:
+            RuntimeError: The EMA weights are in the parameters (inside ``swap_ema_weights()``,
+                after ``eval()``, or after loading a checkpoint written while swapped).
+        """
+        args: tuple[Any, ...] = () if closure is None else (closure,)
+        kwargs: dict[str, Any] = {}
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            if (changed := pre_hook(self, args, kwargs)) is not None:
+                if not isinstance(changed, tuple) or len(changed) != 2:
+                    raise RuntimeError(
+                        f"a step pre-hook must return None or (args, kwargs), got {changed!r}"
+                    )
+                args, kwargs = changed
+        result = self._step(*args, **kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
+        return result
+
+    # Torch would wrap this function for the global hooks and the profiler; the inner step is.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict with the EMA in it: all that a resume needs.
+
+        Right at any time. Written while swapped, it goes with the model's state dict of the same
+        moment; the training weights come back after loading both.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            if (changed := post_hook(self, state_dict)) is not None:
+                state_dict = changed
+        return state_dict
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint, the EMA bit for bit.
+
+        What the constructor was given (``decay``, ``update_every``, ...) is not overwritten. A
+        checkpoint without an EMA loads too: the EMA then begins at the weights of the next step.
+
+        Args:
+            state_dict: From ``EMAOptimizer.state_dict()`` or from the inner optimizer alone.
+
+        Raises:
+            ValueError: The checkpoint is damaged or another model's; nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            if (changed := pre_hook(self, state_dict)) is not None:
+                state_dict = changed
+        self._load_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @abstractmethod
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any: ...
+
+    @abstractmethod
+    def _state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def _load_inner(self, state_dict: dict[str, Any]) -> None:
+        before = self.inner.state, self.inner.param_groups
+        try:
+            self.inner.load_state_dict(state_dict)
+        except BaseException:
+            # Torch replaces both before a subclass looks into them and may refuse.
+            self.inner.state, self.inner.param_groups = before
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy. Hooks and patches of ``step`` stay behind, as with torch."""
+        return {"inner": self.inner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what ``__getstate__`` gave."""
+        self.__dict__.update(state)
+        for name in _HOOKS:
+            self.__dict__.setdefault(name, OrderedDict())
+        self._warned_capturable_if_run_uncaptured = True
+
+
+def check_inner(optimizer: Optimizer) -> None:
+    """Raise TypeError or ValueError for what cannot be wrapped."""
+    if isinstance(optimizer, type):
+        raise TypeError(
+            f"optimizer must be an optimizer, got the class {optimizer.__name__}: build it first, "
+            "or use EMAOptimizer.for_class"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
+    if isinstance(optimizer, ForwardingOptimizer):
+        raise TypeError("optimizer must not be an EMAOptimizer already, got one: use that one")
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError("optimizer must have parameters, got only empty param groups")
+    for group in optimizer.param_groups:
+        check_options(group)
+
+
+def check_options(group: Group) -> None:
+    """Raise TypeError or ValueError for a param group's own EMA options."""
+    if group.get("ema_decay") is not None:
+        check_group_decay(group["ema_decay"])
+    if not isinstance(group.get("ema_enabled", True), bool):
+        raise TypeError(f"ema_enabled must be True or False, got {group['ema_enabled']!r}")
+
+
+def check_new_group(group: Group) -> None:
+    """Raise TypeError or ValueError for a param group that cannot be added."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"param_group must be a dict with 'params', got {group!r}")
+    if not isinstance(group["params"], (torch.Tensor, set)):
+        group["params"] = list(group["params"])  # a generator would be empty for the inner
+        if not group["params"]:
+            raise ValueError("a param group must have parameters, got none")
+    check_options(group)
+
+
+def ema_class(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
+    """A subclass of ``base`` that builds its inner optimizer from ``(params, **kwargs)``."""
+
+    def __init__(self: Any, params: Any, **kwargs: Any) -> None:
+        base.__init__(self, optimizer_class(params, **kwargs), **options)
+
+    def __reduce_ex__(self: Any, protocol: int) -> tuple[Any, ...]:
+        # The class is made at run time: pickle finds it by its ingredients, not by a name.
+        return _blank, (base, optimizer_class, options), self.__getstate__()
+
+    name = f"EMA{getattr(optimizer_class, '__name__', 'Optimizer')}"
+    body = {"__init__": __init__, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__}
+    return type(name, (base,), {**body, "__doc__": base.__doc__})
+
+
+def _blank(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
+    made = ema_class(base, optimizer_class, options)
+    return made.__new__(made)

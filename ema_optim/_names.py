@@ -1,0 +1,124 @@
+"""EMA weights by parameter name: what ``get_ema_state`` and ``load_ema_state`` exchange."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._shadow import Group, ShadowSet, Slot, no_autograd
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters under the names of the bare model, every name of a tied one.
+
+    ``torch.compile`` and the data-parallel wrappers prefix every name (``_orig_mod.``,
+    ``module.``); a file with such names loads into nothing.
+    """
+    named = _unwrap(model).named_parameters(remove_duplicate=False)
+    return {_clean(name): param for name, param in named}
+
+
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers under the names of the bare model."""
+    return {_clean(name): buffer for name, buffer in _unwrap(model).named_buffers()}
+
+
+def unique(named: Mapping[str, Tensor]) -> dict[Tensor, str]:
+    """The first name of every tensor."""
+    first: dict[Tensor, str] = {}
+    for name, tensor in named.items():
+        first.setdefault(tensor, name)
+    return first
+
+
+def ema_state(shadow: ShadowSet, groups: Sequence[Group], model: nn.Module) -> dict[str, Tensor]:
+    """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
+    members = set(shadow.members(groups))
+    names = {n: t for n, t in _named_tensors(model).items() if t in members}
+    with no_autograd():
+        state = {n: shadow.place(t, shadow.ema_of(t)) for t, n in unique(names).items()}
+    if members and not state:
+        raise ValueError(
+            "the model must own parameters of this optimizer, got a model that has none of its "
+            f"{len(members)}: pass the model whose parameters are trained"
+        )
+    return state
+
+
+def load_ema_state(
+    shadow: ShadowSet,
+    groups: Sequence[Group],
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    strict: bool,
+) -> None:
+    """Make ``state`` the EMA; everything is checked before anything changes."""
+    named = _named_tensors(model)
+    members = set(shadow.members(groups))
+    found = {_known(name, named): value for name, value in state.items()}
+    targets = {name: named[name] for name in found if name in named and named[name] in members}
+    if strict:
+        _check_names(found, targets, {n: t for n, t in named.items() if t in members})
+    slots = {}
+    for name, param in targets.items():
+        _check_shape(name, param, found[name])
+        slots[param] = _loaded_slot(shadow, param, found[name])
+    shadow.forget_cache()
+    shadow.slots.update(slots)
+    shadow.step = max(shadow.step, shadow.update_after_step + 1)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**named_buffers(model), **named_parameters(model)}
+
+
+def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor) -> Slot:
+    old = shadow.slots.get(param)
+    updates = max(1, old.updates if old is not None else 0)
+    with no_autograd():
+        # No share: none of what was loaded is this run's initial weights.
+        return Slot(shadow.place(param, value), updates, share=0.0)
+
+
+def _check_names(
+    found: Mapping[str, Tensor], targets: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> None:
+    given = set(targets.values())
+    missing = sorted({name for name, param in wanted.items() if param not in given})
+    unknown = sorted(set(found) - set(targets))
+    if missing or unknown:
+        raise KeyError(
+            f"the names must be those of the optimizer's parameters in the model; missing: "
+            f"{missing}, unknown: {unknown}. Pass strict=False to load the others"
+        )
+
+
+def _check_shape(name: str, param: Tensor, value: Tensor) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"the EMA of {name} must be a tensor, got {value!r}")
+    if value.shape != param.shape or value.is_complex() != param.is_complex():
+        raise ValueError(
+            f"the EMA of {name} must have shape {tuple(param.shape)} and fit {param.dtype}, got "
+            f"{tuple(value.shape)} and {value.dtype}: it belongs to another model"
+        )
+
+
+def _known(name: str, named: Mapping[str, Tensor]) -> str:
+    name = _clean(name)
+    if name not in named and name.startswith("module."):
+        return name.removeprefix("module.")
+    return name
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model

@@ -1,0 +1,67 @@
+"""What a user is told about the EMA: metrics, and warnings where it is read."""
+
+import math
+from collections.abc import Sequence
+
+from ._shadow import Group, ShadowSet, no_autograd
+from ._update import non_finite, relative_distance
+from ._warnings import warn
+
+# With this much of the initial weights left in it, an EMA is worse than the training weights more
+# often than not: decay 0.9999 after 1,000 steps leaves 90 %.
+_SHARE_LIMIT = 0.1
+
+
+def metrics(shadow: ShadowSet, groups: Sequence[Group]) -> dict[str, float]:
+    """The health of the EMA as floats, ready for a logger."""
+    params = shadow.members(groups)
+    decay = shadow.decay_in_force(groups)
+    with no_autograd():
+        distance = relative_distance(
+            [shadow.ema_of(param) for param in params], [shadow.weights_of(p) for p in params]
+        )
+    return {
+        "ema_decay": decay,
+        "ema_updates": float(updates_made(shadow)),
+        "ema_window": math.inf if decay == 1.0 else 1.0 / (1.0 - decay),
+        "ema_initial_share": max((s.share for s in shadow.counted().values()), default=1.0),
+        "ema_distance": distance,
+    }
+
+
+def updates_made(shadow: ShadowSet) -> int:
+    """Updates of the EMA so far, on the optimizer's clock."""
+    return max(0, shadow.step - shadow.update_after_step) // shadow.update_every
+
+
+def check_read(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
+    """Warn, where the EMA is about to be read, of one that is not worth reading.
+
+    Args:
+        shadow: The shadow set.
+        groups: The param groups.
+        kind: "swap" or "export"; the share of the initial weights is warned of once for each.
+    """
+    counted = shadow.counted()
+    _warn_initial_share(shadow, groups, kind, max((s.share for s in counted.values()), default=0.0))
+    with no_autograd():
+        bad = non_finite([shadow.ema_of(param) for param in counted])
+    if bad:
+        warn(
+            f"{len(bad)} of {len(counted)} EMA tensors hold NaN or infinite values: the training "
+            "weights did so at some step, and an average never forgets it. Resume from an earlier "
+            "checkpoint, or load good weights and start a new EMA"
+        )
+
+
+def _warn_initial_share(
+    shadow: ShadowSet, groups: Sequence[Group], kind: str, share: float
+) -> None:
+    if share <= _SHARE_LIMIT or kind in shadow.warned:
+        return
+    shadow.warned.add(kind)
+    warn(
+        f"the EMA still holds {share:.0%} of the initial weights: decay "
+        f"{shadow.decay_in_force(groups):.6g} after {updates_made(shadow)} updates. Use a smaller "
+        "decay (compute_optimal_decay), a warm-up (warmup_decay) or update_after_step"
+    )

@@ -1,0 +1,308 @@
+"""The shadow set: the one owner of every EMA tensor, the counters and the cached lists.
+
+``EMAOptimizer`` and ``EMAModel`` are two front doors over it. A tensor meets five steps here:
+
+    param --birth--> slot.ema --update--> slot.ema --swap--> param --swap--> slot.ema
+
+Everything mutable sits in this object, so that a proxy of the optimizer (Lightning re-classes it
+to one with a ``__dict__`` of its own) and the optimizer itself can never disagree.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._config import check_count, check_dtype, check_group_decay, ema_dtype
+from ._memory import shared_memory
+from ._update import copy_, ema_update_
+from .schedules import Decay, check_decay, decay_factor
+
+Group = dict[str, Any]
+
+_trainable = attrgetter("requires_grad")
+_place = attrgetter("dtype", "device")
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """What is kept for one parameter.
+
+    Attributes:
+        ema: The EMA tensor; while an exchange is on, the training weights (see ``parked``).
+        updates: Counted steps since averaging began for this parameter; 0 marks a placeholder
+            that is seeded again from the weights.
+        share: The share of the initial weights that is still inside the EMA.
+        parked: The training weights while the EMA weights are in a parameter that could not take
+            them by exchange (another dtype, or memory shared with another parameter).
+    """
+
+    ema: Tensor
+    updates: int = 0
+    share: float = 1.0
+    parked: Tensor | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Bucket:
+    """Slots that one multi-tensor call can update: same devices, dtypes, decay and counter."""
+
+    decay: Decay
+    start: int
+    share: float
+    place: tuple[torch.dtype, torch.device]
+    params: list[Tensor] = field(default_factory=list)
+    emas: list[Tensor] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+
+    def updates(self, step: int) -> int:
+        return max(0, step - self.start)
+
+    def fits(self) -> bool:
+        # Two samples tell of a model that was moved or cast; a sweep over the dtypes of all would
+        # cost a tenth of the update of many small tensors.
+        ends = self.params[0], self.params[-1]
+        return all(_place(param) == self.place for param in ends)
+
+
+@dataclass(eq=False, slots=True)
+class Cache:
+    """Buckets, and what they were made from: they are stale when that is no longer so."""
+
+    params: list[Tensor]
+    trainable: list[bool]
+    options: list[tuple[int, Any, Any]]
+    buckets: list[Bucket]
+
+    def fits(self, groups: Sequence[Group]) -> bool:
+        params = [param for group in groups for param in group["params"]]
+        return (
+            len(params) == len(self.params)
+            # Identity: comparing lists of tensors with == would compare their values.
+            and all(map(is_, params, self.params))
+            and list(map(_trainable, params)) == self.trainable
+            and _options(groups) == self.options
+            and all(bucket.fits() for bucket in self.buckets)
+        )
+
+
+@contextmanager
+def no_autograd() -> Iterator[None]:
+    """Plain tensors inside: no graph, and none of the inference tensors that refuse later writes.
+
+    In this order: ``inference_mode(False)`` turns grad mode on.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class ShadowSet:
+    """The EMA of the parameters in a list of param groups.
+
+    Args:
+        decay: Float or schedule.
+        update_every: Optimizer steps between two updates.
+        update_after_step: Optimizer steps until averaging begins.
+        dtype: How an EMA tensor is stored; None is fp32 for every narrower float, else the
+            parameter's own dtype.
+    """
+
+    def __init__(
+        self, decay: Decay, update_every: int, update_after_step: int, dtype: torch.dtype | None
+    ) -> None:
+        self.decay = check_decay(decay)
+        self.update_every = check_count("update_every", update_every, least=1)
+        self.update_after_step = check_count("update_after_step", update_after_step, least=0)
+        self.dtype = check_dtype(dtype)
+        self.step = 0  # counted optimizer steps
+        self.slots: dict[Tensor, Slot] = {}
+        self.swapped: dict[Tensor, Slot] = {}  # whose EMA weights are in the parameter now
+        self.mode = "train"  # "train", "block", "eval" or "pending"
+        self.warned: set[str] = set()
+        self._cache: Cache | None = None
+        self._shared: set[Tensor] | None = None  # parameters that share memory
+        self._settled_at = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        # A copy made inside a swap block has no block to leave; train() puts its weights back.
+        mode = "eval" if self.mode == "block" else self.mode
+        return {**self.__dict__, "_cache": None, "_shared": None, "mode": mode}
+
+    def begin_step(
+        self, groups: Sequence[Group], reseed: bool = True
+    ) -> list[tuple[Bucket, float]] | None:
+        """Prepare one step, before the weights move.
+
+        Gives birth to missing slots, seeds placeholders from the weights (unless ``reseed`` is
+        off) and settles the factors, so that a bad decay raises before anything has moved.
+
+        Returns:
+            The updates that ``finish_step`` is to make, or None for a step that does not count: a
+            first step with every learning rate exactly 0 is the dry initialisation of distributed
+            checkpoints, made before the weights are loaded.
+        """
+        buckets = self._fresh_buckets(groups)
+        if reseed and self.step >= self.update_after_step:
+            for bucket in buckets:
+                if bucket.updates(self.step) == 0:
+                    with no_autograd():
+                        copy_(bucket.emas, bucket.params)
+        if self.step == 0 and _is_dry(groups):
+            return None
+        tick = self.step + 1 - self.update_after_step
+        if tick <= 0 or tick % self.update_every:
+            return []
+        return [(bucket, self._factor(bucket)) for bucket in buckets]
+
+    def finish_step(self, plan: list[tuple[Bucket, float]] | None) -> None:
+        """Count the step and average, after the weights have moved."""
+        if plan is None:
+            return
+        with no_autograd():
+            for bucket, factor in plan:
+                ema_update_(bucket.emas, bucket.params, factor)
+                bucket.share *= factor
+        self.step += 1
+
+    def settle(self) -> None:
+        """Write the buckets' counters back to the slots; they cost nothing per step this way."""
+        if self._cache is None or self._settled_at == self.step:
+            return
+        for bucket in self._cache.buckets:
+            for slot in bucket.slots:
+                slot.updates, slot.share = bucket.updates(self.step), bucket.share
+        self._settled_at = self.step
+
+    def forget_cache(self) -> None:
+        """Have the buckets made anew at the next step (a slot was changed from outside)."""
+        self.settle()
+        self._cache = self._shared = None
+
+    def counted(self) -> dict[Tensor, Slot]:
+        """The slots that hold an average, by parameter; placeholders are left out."""
+        self.settle()
+        return {param: slot for param, slot in self.slots.items() if slot.updates}
+
+    def ema_step(self, slot: Slot) -> int:
+        """The counter of one slot in optimizer steps, as checkpoints hold it."""
+        self.settle()
+        return min(self.step, self.update_after_step) + slot.updates
+
+    def parks(self, param: Tensor, slot: Slot) -> bool:
+        """Whether a swap parks the weights, because an exchange would round or mix values."""
+        if self._shared is None:
+            self._shared = shared_memory(self.slots)
+        other = param.dtype != slot.ema.dtype or param.device != slot.ema.device
+        return other or param in self._shared
+
+    def ema_of(self, param: Tensor) -> Tensor:
+        """The EMA weights of a parameter, wherever they are now; the weights before averaging."""
+        self.settle()
+        slot = self.slots.get(param)
+        if slot is None or not slot.updates:
+            return param.detach()
+        exchanged = param in self.swapped and slot.parked is None
+        return param.detach() if exchanged else slot.ema
+
+    def weights_of(self, param: Tensor) -> Tensor:
+        """The training weights of a parameter, wherever they are now."""
+        slot = self.swapped.get(param)
+        if slot is None:
+            return param.detach()
+        return slot.ema if slot.parked is None else slot.parked
+
+    def members(self, groups: Sequence[Group]) -> list[Tensor]:
+        """Unique parameters of the groups that have, or at the next step will have, an EMA."""
+        members = {
+            param: None
+            for group in groups
+            if group.get("ema_enabled", True)
+            for param in group["params"]
+            if param in self.slots or _follows(group, param)
+        }
+        return list(members)
+
+    def birth(self, param: Tensor) -> Slot:
+        """A new slot that holds the parameter's weights, in the EMA's dtype and its strides."""
+        with no_autograd():
+            return Slot(self.place(param, param))
+
+    def place(self, param: Tensor, value: Tensor) -> Tensor:
+        """A copy of ``value`` as the EMA of ``param`` is stored: dtype, device and strides."""
+        dtype = ema_dtype(param.dtype, self.dtype)
+        ema = torch.empty_like(param, dtype=dtype, requires_grad=False)
+        return ema.copy_(value.detach())
+
+    def decay_in_force(self, groups: Sequence[Group]) -> float:
+        """The decay of one step now: that of the first group with an EMA."""
+        own = next((g.get("ema_decay") for g in groups if g.get("ema_enabled", True)), None)
+        decay = self.decay if own is None else own
+        return decay_factor(decay, max(1, self.step - self.update_after_step), 1)
+
+    def _factor(self, bucket: Bucket) -> float:
+        updates = bucket.updates(self.step + 1)
+        return decay_factor(bucket.decay, updates, min(self.update_every, updates))
+
+    def _fresh_buckets(self, groups: Sequence[Group]) -> list[Bucket]:
+        if self._cache is not None and self._cache.fits(groups):
+            return self._cache.buckets
+        options = _options(groups)
+        for _, decay, _ in options:
+            if decay is not None:
+                check_group_decay(decay)
+        self.forget_cache()
+        members = self.members(groups)
+        self.slots = {param: self._slot_at(param) for param in members}
+        params = [param for group in groups for param in group["params"]]
+        trainable = list(map(_trainable, params))
+        self._cache = Cache(params, trainable, options, self._make_buckets(groups))
+        self._settled_at = self.step
+        return self._cache.buckets
+
+    def _slot_at(self, param: Tensor) -> Slot:
+        slot = self.slots.get(param)
+        if slot is None:
+            return self.birth(param)
+        if slot.ema.device != param.device:  # the model was moved
+            with no_autograd():
+                slot.ema = self.place(param, slot.ema)
+        return slot
+
+    def _make_buckets(self, groups: Sequence[Group]) -> list[Bucket]:
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        seen: set[Tensor] = set()
+        for group in groups:
+            decay = group.get("ema_decay")
+            for param in group["params"]:
+                slot = self.slots.get(param)
+                if slot is None or param in seen or not _follows(group, param):
+                    continue
+                seen.add(param)
+                start = max(self.step, self.update_after_step) - slot.updates
+                place = _place(param)
+                key = (place, _place(slot.ema), decay, start, slot.share)
+                source = self.decay if decay is None else decay
+                bucket = buckets.setdefault(key, Bucket(source, start, slot.share, place))
+                bucket.params.append(param)
+                bucket.emas.append(slot.ema)
+                bucket.slots.append(slot)
+        return list(buckets.values())
+
+
+def _follows(group: Group, param: Tensor) -> bool:
+    # "ema_buffers" marks the group of a model's float buffers, which never require a gradient.
+    return param.requires_grad or bool(group.get("ema_buffers"))
+
+
+def _options(groups: Sequence[Group]) -> list[tuple[int, Any, Any]]:
+    return [(len(g["params"]), g.get("ema_decay"), g.get("ema_enabled")) for g in groups]
+
+
+def _is_dry(groups: Sequence[Group]) -> bool:
+    rates = [group.get("lr") for group in groups]
+    return bool(rates) and all(rate is not None and float(rate) == 0.0 for rate in rates)

@@ -1,0 +1,118 @@
+"""``EMAOptimizer.state``: the inner optimizer's state and the EMA as one live, writable mapping.
+
+Live, because engines write through it: Lightning moves every tensor by assignment, DeepSpeed puts
+empty dicts in. Flattened distributed checkpoints read the keys of a parameter's state from it.
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._checkpoint import STATE_KEYS, slot_entries
+from ._shadow import ShadowSet, no_autograd
+
+
+class ParamState(MutableMapping[str, Any]):
+    """The state of one parameter: the inner optimizer's entries, then the EMA's."""
+
+    def __init__(self, inner: MutableMapping[Any, Any], shadow: ShadowSet, param: Tensor) -> None:
+        self._inner, self._shadow, self._param = inner, shadow, param
+
+    def _own(self) -> dict[str, Tensor]:
+        if self._param not in self._shadow.slots:
+            return {}
+        return slot_entries(self._shadow, self._param)
+
+    def _rest(self) -> Mapping[str, Any]:
+        # Not by index: that would make the inner's defaultdict add an empty entry.
+        rest: Mapping[str, Any] = self._inner.get(self._param, {})
+        return rest
+
+    def __getitem__(self, key: str) -> Any:
+        return (self._own() if key in STATE_KEYS else self._rest())[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in STATE_KEYS:
+            _write(self._shadow, self._param, key, value)
+        else:
+            self._inner[self._param][key] = value
+
+    def __delitem__(self, key: str) -> None:
+        if key not in STATE_KEYS:
+            del self._inner[self._param][key]
+        elif self._shadow.slots.pop(self._param, None) is not None:
+            self._shadow.forget_cache()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._rest(), *self._own()])
+
+    def __len__(self) -> int:
+        return len(self._rest()) + len(self._own())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class StateView(MutableMapping[Any, Any]):
+    """All parameters' states."""
+
+    def __init__(self, inner: Optimizer, shadow: ShadowSet) -> None:
+        self._optimizer, self._shadow = inner, shadow
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, torch.Tensor):
+            return ParamState(self._optimizer.state, self._shadow, key)
+        return self._optimizer.state[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, torch.Tensor):
+            self._optimizer.state[key] = value
+            return
+        entries = dict(value)
+        own = {k: entries.pop(k) for k in STATE_KEYS if k in entries}
+        self._optimizer.state[key] = entries
+        if not own and self._shadow.slots.pop(key, None) is not None:
+            self._shadow.forget_cache()
+        for name, entry in own.items():
+            _write(self._shadow, key, name, entry)
+
+    def __delitem__(self, key: Any) -> None:
+        if key not in self:
+            raise KeyError(key)
+        self._optimizer.state.pop(key, None)
+        if isinstance(key, torch.Tensor) and self._shadow.slots.pop(key, None) is not None:
+            self._shadow.forget_cache()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._optimizer.state or key in self._shadow.slots
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            return default
+        return self[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        inner = self._optimizer.state
+        return iter([*inner, *(param for param in self._shadow.slots if param not in inner)])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def _write(shadow: ShadowSet, param: Tensor, key: str, value: Any) -> None:
+    """Take what an engine assigns, under our own policy of dtype and device."""
+    slot = shadow.slots.get(param) or shadow.slots.setdefault(param, shadow.birth(param))
+    shadow.forget_cache()
+    with no_autograd():
+        if key == "ema":
+            slot.ema = shadow.place(param, value)
+        elif key == "ema_step":
+            slot.updates = max(0, int(value) - min(shadow.step, shadow.update_after_step))
+        elif slot.parked is not None:
+            slot.parked = torch.empty_like(param, requires_grad=False).copy_(value)

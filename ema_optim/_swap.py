@@ -1,0 +1,133 @@
+"""The exchange of training weights and EMA weights, in both directions.
+
+An EMA of the parameter's own dtype changes places with the weights through a small scratch
+buffer. Where that would round (another dtype) or mix values (parameters that share memory), the
+training weights are parked in a copy instead and the EMA stays where it is.
+
+Everything is written through ``param.detach()``: addresses stay, and the version counter moves, so
+that a swap between forward and backward raises in backward. Written through ``.data`` it would
+give wrong gradients without a word.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ._shadow import Group, ShadowSet, Slot, no_autograd
+from ._update import Exchange, copy_
+from .schedules import decay_factor
+
+Slots = dict[Tensor, Slot]
+
+
+def swap_in(shadow: ShadowSet) -> None:
+    """Put the EMA weights into the parameters. An error on the way changes nothing."""
+    counted = shadow.counted()
+    parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
+    with no_autograd():
+        exchange = _exchange({p: s for p, s in counted.items() if p not in parking})
+        try:
+            for param, slot in parking.items():
+                slot.parked = param.detach().clone()
+            copy_(_weights(parking), [slot.ema for slot in parking.values()])
+            exchange.run()
+            shadow.swapped = counted
+        except BaseException:
+            shadow.swapped = {}
+            exchange.undo()
+            _unpark(parking)
+            raise
+
+
+def swap_out(shadow: ShadowSet) -> None:
+    """Put the training weights back. An error on the way leaves the EMA weights in."""
+    swapped = shadow.swapped
+    parking = {p: s for p, s in swapped.items() if s.parked is not None}
+    with no_autograd():
+        exchange = _exchange({p: s for p, s in swapped.items() if p not in parking})
+        try:
+            exchange.run()
+            copy_(_weights(parking), [s.parked for s in parking.values() if s.parked is not None])
+            shadow.swapped = {}
+        except BaseException:
+            shadow.swapped = swapped
+            exchange.undo()
+            copy_(_weights(parking), [slot.ema for slot in parking.values()])
+            raise
+    for slot in parking.values():
+        slot.parked = None
+
+
+def leave_block(shadow: ShadowSet) -> None:
+    """Put the training weights back for good, whatever has interrupted it on the way."""
+    try:
+        swap_out(shadow)
+    except BaseException:
+        swap_out(shadow)
+        shadow.mode = "train"
+        raise
+    shadow.mode = "train"
+
+
+def apply(shadow: ShadowSet) -> None:
+    """Make the EMA weights the training weights, one way, inside a swap or outside."""
+    with no_autograd():
+        if not shadow.swapped:
+            counted = shadow.counted()
+            copy_(_weights(counted), [slot.ema for slot in counted.values()])
+            return
+        exchanged = {p: s for p, s in shadow.swapped.items() if s.parked is None}
+        copy_([slot.ema for slot in exchanged.values()], _weights(exchanged))
+    forgotten, shadow.swapped = shadow.swapped, {}
+    for slot in forgotten.values():
+        slot.parked = None
+
+
+def resolve_pending(shadow: ShadowSet, groups: Iterable[Group]) -> None:
+    """Finish the load of a checkpoint that was written while swapped.
+
+    Raises:
+        RuntimeError: The model holds the training weights already: it was saved in another mode
+            than the optimizer, and the EMA is in neither file.
+    """
+    if shadow.mode != "pending":
+        return
+    exchanged = {p: s for p, s in shadow.swapped.items() if s.parked is None}
+    if exchanged and _all_equal(exchanged) and not _forgets_all(shadow, groups):
+        raise RuntimeError(
+            "the optimizer's checkpoint was written while the EMA weights were swapped in, the "
+            "model's was not: the EMA is in neither. Load a model saved at the same moment as the "
+            "optimizer, or start a new EMA: optimizer.load_state_dict({'state': {}, ...}) without "
+            "the 'ema*' entries"
+        )
+    swap_out(shadow)
+    shadow.mode = "train"
+
+
+def _exchange(slots: Slots) -> Exchange:
+    return Exchange(_weights(slots), [slot.ema for slot in slots.values()])
+
+
+def _weights(slots: Slots) -> list[Tensor]:
+    return [param.detach() for param in slots]
+
+
+def _unpark(parking: Slots) -> None:
+    for param, slot in parking.items():
+        if slot.parked is not None:
+            param.detach().copy_(slot.parked)
+            slot.parked = None
+
+
+def _all_equal(exchanged: Slots) -> bool:
+    return all(torch.equal(param.detach(), slot.ema) for param, slot in exchanged.items())
+
+
+def _forgets_all(shadow: ShadowSet, groups: Iterable[Group]) -> bool:
+    # With a decay of 0 in force (also the first update of a debiased schedule) the EMA equals the
+    # weights rightly.
+    own = [group.get("ema_decay") for group in groups if group.get("ema_enabled", True)]
+    updates = max(slot.updates for slot in shadow.swapped.values())
+    decays = (shadow.decay if decay is None else decay for decay in own)
+    return all(decay_factor(decay, updates, 1) == 0.0 for decay in decays)

@@ -1,0 +1,22 @@
+"""Warnings that point at the user's line, however many frames lie between."""
+
+import sys
+import warnings
+
+_OURS = ("ema_optim", "contextlib", "torch")
+
+
+def warn(message: str) -> None:
+    """Issue a ``UserWarning`` at the innermost frame outside this package, contextlib and torch."""
+    level = 1
+    while _is_ours(level):
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def _is_ours(level: int) -> bool:
+    try:
+        name = sys._getframe(level + 1).f_globals.get("__name__", "")
+    except ValueError:  # the stack ends inside the package: an embedding without a user frame
+        return False
+    return any(name == ours or name.startswith(f"{ours}.") for ours in _OURS)

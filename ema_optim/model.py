@@ -1,0 +1,200 @@
+"""``EMAModel``: the EMA of a model's weights, for loops that keep their optimizer as it is."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _checkpoint, _names, _report, _swap
+from ._shadow import Group, ShadowSet, no_autograd
+from ._update import copy_
+from .schedules import Decay
+
+
+class EMAModel:
+    r"""Keep an exponential moving average (EMA) of a model's weights beside the model.
+
+    .. math::
+        \text{ema}_t = \text{decay} \cdot \text{ema}_{t-1} + (1 - \text{decay}) \cdot
+        \text{weights}_t, \qquad \text{ema}_0 = \text{the weights at construction}
+
+    Call ``update()`` once after each optimizer step. Averaged are the parameters that require a
+    gradient. Buffers (running statistics of BatchNorm) are the model's own by default, put back as
+    they were when ``use_ema()`` ends; with ``use_buffers=True`` floating-point buffers are averaged
+    like the weights. Integer buffers are never averaged.
+
+    Args:
+        model: The model in training; not copied. Weights loaded into it after construction need
+            ``reset()``.
+        decay: The share of the old EMA that is kept per optimizer step, in [0, 1], or a schedule
+            ``update number (1-based) -> decay``.
+        use_buffers: Whether floating-point buffers are averaged, as
+            ``torch.optim.swa_utils.AveragedModel`` names it. Default False.
+        update_every: Optimizer steps between two updates; the update then applies
+            ``decay ** update_every``. Default 1.
+        update_after_step: Optimizer steps until averaging begins; until then the EMA is the
+            training weights. Default 0.
+        dtype: How an EMA tensor is stored: ``torch.float32`` or ``torch.float64``. Default None:
+            fp32 for every narrower float, else the tensor's own dtype.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: A value is out of its range, or no parameter requires a gradient.
+
+    Example:
+        >>> ema = EMAModel(model, decay=0.999)
+        >>> for batch in loader:
+        ...     train_step(batch)  # ends with optimizer.step()
+        ...     ema.update()
+        >>> with ema.use_ema():
+        ...     evaluate(model)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: Decay = 0.999,
+        *,
+        use_buffers: bool = False,
+        update_every: int = 1,
+        update_after_step: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model)}")
+        if not any(param.requires_grad for param in model.parameters()):
+            raise ValueError("model must have a parameter that requires a gradient, got none")
+        self.model = model
+        self.use_buffers = use_buffers
+        self._ema = ShadowSet(decay, update_every, update_after_step, dtype)
+        self.reset()
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the EMA weights are in the model now."""
+        return bool(self._ema.swapped)
+
+    def reset(self) -> None:
+        """Begin anew from the model's weights, for weights loaded after construction.
+
+        Raises:
+            RuntimeError: Inside ``use_ema()``.
+        """
+        self._refuse_in_block("reset()")
+        groups = self._groups()
+        slots = {param: self._ema.birth(param) for param in self._ema.members(groups)}
+        _checkpoint.Loaded(slots, step=0, swapped=False).install(self._ema)
+
+    def update(self) -> None:
+        """Average once; call it after every optimizer step.
+
+        Raises:
+            RuntimeError: Inside ``use_ema()``.
+        """
+        self._refuse_in_block("update()")
+        plan = self._ema.begin_step(self._groups(), reseed=False)
+        self._ema.finish_step(plan)
+        if self._ema.step <= self._ema.update_after_step:
+            slots = self._ema.slots
+            with no_autograd():
+                copy_([slot.ema for slot in slots.values()], [param.detach() for param in slots])
+
+    @contextmanager
+    def use_ema(self) -> Iterator[None]:
+        """Exchange training weights and EMA weights for a block, and back, also on an exception.
+
+        Raises:
+            RuntimeError: Inside ``use_ema()``.
+        """
+        self._refuse_in_block("use_ema()")
+        _report.check_read(self._ema, self._groups(), "swap")
+        buffers = [b for b in self.model.buffers() if b not in self._ema.slots]
+        held = [buffer.clone() for buffer in buffers]
+        _swap.swap_in(self._ema)
+        self._ema.mode = "block"
+        try:
+            yield
+        finally:
+            with no_autograd():
+                copy_(buffers, held)
+            _swap.leave_block(self._ema)
+
+    def apply_ema(self) -> None:
+        """Make the EMA weights the model's weights, one way (the EMA stays as it is).
+
+        Inside ``use_ema()`` nothing is swapped back then.
+        """
+        _report.check_read(self._ema, self._groups(), "export")
+        _swap.apply(self._ema)
+
+    def get_ema_state(self) -> dict[str, Tensor]:
+        """The EMA weights by name, without touching the model; right at any time.
+
+        Returns:
+            Fresh copies in the EMA's dtype, one for each averaged parameter (and each averaged
+            buffer), ready for ``model.load_state_dict(strict=False)`` and for safetensors.
+        """
+        groups = self._groups()
+        _report.check_read(self._ema, groups, "export")
+        return _names.ema_state(self._ema, groups, self.model)
+
+    def ema_metrics(self) -> dict[str, float]:
+        """The health of the EMA; keys and meaning as ``EMAOptimizer.ema_metrics()``."""
+        return _report.metrics(self._ema, self._groups())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs beside the model's own state dict.
+
+        Raises:
+            RuntimeError: Inside ``use_ema()``, where the model's state dict holds the EMA weights.
+        """
+        self._refuse_in_block("state_dict()")
+        groups = self._groups()
+        packed = [{"params": list(group["param_names"])} for group in groups]
+        return _checkpoint.merge({"state": {}, "param_groups": packed}, groups, self._ema)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict()`` returned, bit for bit; before or after the model's own.
+
+        Args:
+            state_dict: From an EMAModel of the same model and the same ``use_buffers``.
+
+        Raises:
+            ValueError: The names or shapes are another model's, or an entry is damaged; nothing
+                has changed then.
+            RuntimeError: Inside ``use_ema()``.
+        """
+        self._refuse_in_block("load_state_dict()")
+        groups = self._groups()
+        _check_names(groups, state_dict)
+        _checkpoint.read(self._ema, groups, state_dict).install(self._ema)
+
+    def _groups(self) -> list[Group]:
+        # Walked at every call: a module that was replaced must not leave the EMA behind on it.
+        params = _names.unique(_names.named_parameters(self.model))
+        groups: list[Group] = [{"params": list(params), "param_names": list(params.values())}]
+        if self.use_buffers:
+            named = _names.named_buffers(self.model)
+            floats = {n: b for n, b in named.items() if b.is_floating_point() or b.is_complex()}
+            buffers = _names.unique(floats)
+            names = list(buffers.values())
+            groups.append({"params": list(buffers), "param_names": names, "ema_buffers": True})
+        return groups
+
+    def _refuse_in_block(self, what: str) -> None:
+        if self._ema.mode == "block":
+            raise RuntimeError(f"{what} inside use_ema(): leave the block first")
+
+
+def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:
+    wanted = [name for group in groups for name in group["param_names"]]
+    given = [name for group in state_dict["param_groups"] for name in group["params"]]
+    if missing := sorted(set(wanted) - set(given)):
+        raise ValueError(f"the checkpoint must have every name of the model, it lacks {missing}")
+    if unknown := sorted(set(given) - set(wanted)):
+        raise ValueError(
+            f"the checkpoint must have the names of the model alone, got {unknown} too: build the "
+            "EMAModel as it was when it was saved (the same model and use_buffers)"
+        )

@@ -1,0 +1,323 @@
+"""``EMAOptimizer``: any torch optimizer, with the EMA of the weights inside.
+
+    step()  = the inner optimizer's step, then  ema <- decay * ema + (1 - decay) * weights
+
+The optimizer owns no tensor: the inner optimizer keeps its state, the shadow set keeps the EMA,
+and this class forwards to both. It composes and does not share: torch replaces ``state`` and
+``param_groups`` on every load, so both are looked up where they live.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import _checkpoint, _names, _report, _swap
+from ._forwarding import ForwardingOptimizer, check_inner, check_new_group, ema_class
+from ._shadow import Group, ShadowSet
+from ._state import StateView
+from ._warnings import warn
+from .schedules import Decay
+
+
+class EMAOptimizer(ForwardingOptimizer):
+    r"""Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
+
+    .. math::
+        \text{ema}_t = \text{decay} \cdot \text{ema}_{t-1} + (1 - \text{decay}) \cdot
+        \text{weights}_t, \qquad \text{ema}_0 = \text{the weights before the first step}
+
+    The trajectory of the training weights is bit-equal to that of the inner optimizer alone. The
+    EMA is part of ``state_dict()``, in fp32 for every narrower parameter. Param groups may carry
+    their own ``ema_decay`` (a float, honoured live like ``lr``) or ``ema_enabled=False``.
+
+    Args:
+        optimizer: The inner optimizer, built as usual; used through this wrapper from now on.
+        decay: The share of the old EMA that is kept per optimizer step, in [0, 1], or a schedule
+            ``update number (1-based) -> decay``. 0.999 averages over about 1,000 steps. A float is
+            that float from the first update on: there is no hidden warm-up.
+        update_every: Optimizer steps between two updates; the update then applies
+            ``decay ** update_every``, so that the window stays the same. Default 1: the exact EMA.
+        update_after_step: Optimizer steps until averaging begins; until then the EMA is the
+            training weights. Default 0.
+        dtype: How an EMA tensor is stored: ``torch.float32`` or ``torch.float64``. Default None:
+            fp32 for every narrower float, else the parameter's own dtype. A narrower EMA would
+            stop moving: at decay 0.999 its steps are below half of bf16's rounding.
+
+    Raises:
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer`` or an EMAOptimizer already.
+        ValueError: A value is out of its range, or no group has a parameter.
+
+    Example:
+        >>> optimizer = EMAOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), decay=0.999)
+        >>> ...  # train as usual
+        >>> with optimizer.swap_ema_weights():
+        ...     evaluate(model)
+
+    Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        decay: Decay = 0.999,
+        *,
+        update_every: int = 1,
+        update_after_step: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_inner(optimizer)
+        shadow = ShadowSet(decay, update_every, update_after_step, dtype)
+        super().__init__(optimizer)
+        self._ema = shadow
+        self._mark_groups()
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state and the EMA, as one live and writable mapping."""
+        return StateView(self.inner, self._ema)
+
+    @state.setter
+    def state(self, value: Mapping[Any, Any]) -> None:
+        entries = {key: dict(value[key]) for key in value}
+        self.inner.state = defaultdict(dict)
+        self._ema.slots.clear()
+        self._ema.forget_cache()
+        for key, entry in entries.items():
+            self.state[key] = entry
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the EMA weights are in the parameters now."""
+        return bool(self._ema.swapped)
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self._check_can_step(closure is not None)
+        plan = self._ema.begin_step(self.param_groups)
+        # Not step(None): the inner may tell a missing closure from None.
+        result = self.inner.step() if closure is None else self.inner.step(closure)
+        if not self._was_skipped():
+            self._ema.finish_step(plan)
+            self._mark_groups()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the inner optimizer does."""
+        self._resolve_pending()
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a param group; the EMA of its parameters begins at their weights at the next step.
+
+        Args:
+            param_group: As torch takes it; may carry ``ema_decay`` and ``ema_enabled``.
+
+        Raises:
+            ValueError: The group has no parameters, or its ``ema_decay`` is not in [0, 1].
+        """
+        check_new_group(param_group)
+        self.inner.add_param_group(param_group)
+        self._mark_groups()
+
+    @contextmanager
+    def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
+        """Exchange training weights and EMA weights for a block, and back, also on an exception.
+
+        Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory:
+        1 MiB where the EMA has the parameter's dtype, else one copy in the parameter's dtype.
+
+        Args:
+            enabled: False makes the block an ordinary one.
+
+        Raises:
+            RuntimeError: The EMA weights are swapped in already.
+        """
+        if not enabled:
+            yield
+            return
+        self._resolve_pending()
+        self._refuse_in("block", "nested swap_ema_weights(): leave the outer block first")
+        self._refuse_in("eval", "swap_ema_weights() after eval(): call optimizer.train() first")
+        self._swap_in()
+        self._ema.mode = "block"
+        try:
+            yield
+        finally:
+            if self._ema.mode == "block":  # else a load inside the block has replaced the EMA
+                self._swap_out()
+
+    def eval(self) -> None:
+        """Put the EMA weights in until ``train()``; a no-op after ``eval()`` or inside a block."""
+        self._resolve_pending()
+        if self._ema.mode != "train":
+            return
+        # The inner optimizer first: schedule-free moves the weights it finds.
+        _call(self.inner, "eval")
+        self._swap_in()
+        self._ema.mode = "eval"
+
+    def train(self) -> None:
+        """Put the training weights back; a no-op when they are in.
+
+        Raises:
+            RuntimeError: Inside ``swap_ema_weights()``: leaving the block puts them back.
+        """
+        self._resolve_pending()
+        self._refuse_in("block", "train() inside swap_ema_weights(): leave the block first")
+        self._swap_out()
+        _call(self.inner, "train")
+
+    def apply_ema(self) -> None:
+        """Make the EMA weights the training weights, one way (the EMA stays as it is).
+
+        Inside a swap nothing is swapped back then.
+        """
+        self._resolve_pending()
+        _report.check_read(self._ema, self.param_groups, "export")
+        _swap.apply(self._ema)
+        self._mark_groups()
+
+    def get_ema_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The EMA weights by parameter name, without touching the live weights.
+
+        Right at any time, also inside a swap. Ready for ``model.load_state_dict(strict=False)``
+        and for safetensors.
+
+        Args:
+            model: The model that owns the parameters; wrapped by ``torch.compile`` or a
+                data-parallel class, the names are still the bare model's.
+
+        Returns:
+            Fresh copies in the EMA's dtype, one for each unique parameter of this optimizer.
+
+        Raises:
+            ValueError: The model has no parameter of this optimizer.
+        """
+        _report.check_read(self._ema, self.param_groups, "export")
+        return _names.ema_state(self._ema, self.param_groups, model)
+
+    def load_ema_state(
+        self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
+    ) -> None:
+        """Make ``state`` the EMA, without touching the live weights.
+
+        It counts as an EMA: the next step averages into it and does not start anew.
+
+        Args:
+            model: The model that owns the parameters.
+            state: Tensors by parameter name, as ``get_ema_state`` returns them.
+            strict: Whether the names must be exactly those of the parameters.
+
+        Raises:
+            KeyError: Names are missing or unknown.
+            ValueError: A tensor has another shape than its parameter.
+            RuntimeError: The EMA weights are swapped in.
+        """
+        self._resolve_pending()
+        self._refuse_in("block", "load_ema_state() inside a swap: leave the block first")
+        self._refuse_in("eval", "load_ema_state() after eval(): call optimizer.train() first")
+        _names.load_ema_state(self._ema, self.param_groups, model, state, strict)
+        self._mark_groups()
+
+    def ema_metrics(self) -> dict[str, float]:
+        """The health of the EMA, for a logger.
+
+        Returns:
+            ``ema_decay`` (in force now), ``ema_updates``, ``ema_window`` (``1 / (1 - decay)``, in
+            optimizer steps), ``ema_initial_share`` (the largest share of initial weights still
+            inside the EMA of a parameter) and ``ema_distance``
+            (``||ema - weights|| / ||weights||`` with the training weights; NaN or infinite when
+            either is).
+        """
+        return _report.metrics(self._ema, self.param_groups)
+
+    def _state_dict(self) -> dict[str, Any]:
+        return _checkpoint.merge(self.inner.state_dict(), self.param_groups, self._ema)
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        loaded = _checkpoint.read(self._ema, self.param_groups, state_dict)
+        before = self.param_groups
+        self._load_inner(_checkpoint.split(state_dict)[0])
+        loaded.install(self._ema)
+        _checkpoint.keep_options(self.param_groups, before, self._ema)
+        if _checkpoint.is_without_ema(state_dict) and "cold" not in self._ema.warned:
+            self._ema.warned.add("cold")
+            warn("the checkpoint holds no EMA: it begins at the weights of the next step")
+
+    @classmethod
+    def for_class(cls, optimizer_class: type[Optimizer], **options: Any) -> type["EMAOptimizer"]:
+        """A real subclass that takes ``(params, **kwargs)``, for APIs that want a class.
+
+        Args:
+            optimizer_class: The inner optimizer's class, or a factory of it.
+            options: What ``EMAOptimizer`` takes beside the optimizer.
+
+        Returns:
+            A class whose instances are ``EMAOptimizer(optimizer_class(params, **kwargs), ...)``.
+        """
+        made: type[EMAOptimizer] = ema_class(cls, optimizer_class, options)
+        return made
+
+    def __repr__(self) -> str:
+        """Settings, whether swapped, and the inner optimizer."""
+        ema = self._ema
+        return (
+            f"{type(self).__name__} (decay={ema.decay}, update_every={ema.update_every}, "
+            f"update_after_step={ema.update_after_step}, swapped={self.swapped})\n{self.inner!r}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy. Hooks and patches of ``step`` stay behind, as with torch."""
+        return {**super().__getstate__(), "_ema": self._ema}
+
+    def _mark_groups(self) -> None:
+        for group in self.param_groups:
+            group.update(_checkpoint.marks(self._ema))
+
+    def _resolve_pending(self) -> None:
+        if self._ema.mode == "pending":
+            _swap.resolve_pending(self._ema, self.param_groups)
+            self._mark_groups()
+
+    def _check_can_step(self, has_closure: bool) -> None:
+        self._refuse_in("block", "step() inside swap_ema_weights(): leave the block first")
+        self._refuse_in("eval", "step() after eval(): call optimizer.train() before the forward")
+        if self._ema.mode == "pending" and not has_closure and _has_gradients(self.param_groups):
+            raise RuntimeError(
+                "step() after loading a checkpoint written while swapped: the gradients were taken "
+                "at the EMA weights. Call optimizer.train() after loading, before the forward"
+            )
+        self._resolve_pending()
+
+    def _refuse_in(self, mode: str, message: str) -> None:
+        if self._ema.mode == mode:
+            raise RuntimeError(message)
+
+    def _was_skipped(self) -> bool:
+        return bool(getattr(self.inner, "found_inf", None))
+
+    def _swap_in(self) -> None:
+        _report.check_read(self._ema, self.param_groups, "swap")
+        _swap.swap_in(self._ema)
+        self._mark_groups()
+
+    def _swap_out(self) -> None:
+        try:
+            _swap.leave_block(self._ema)
+        finally:
+            self._mark_groups()
+
+
+def _has_gradients(groups: list[Group]) -> bool:
+    return any(param.grad is not None for group in groups for param in group["params"])
+
+
+def _call(optimizer: Optimizer, name: str) -> None:
+    # Schedule-free optimizers have eval() and train(); torch's own have neither.
+    method = getattr(optimizer, name, None)
+    if method is not None:
+        method()
