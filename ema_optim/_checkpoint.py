@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ._config import check_group_decay
 from ._shadow import Group, ShadowSet, Slot, no_autograd
-from ._update import copy_
 from .schedules import initial_share
 
 StateDict = dict[str, Any]
@@ -27,6 +26,8 @@ StateDict = dict[str, Any]
 STATE_KEYS = ("ema", "ema_step", "ema_weights")
 GROUP_OPTIONS = ("ema_decay", "ema_enabled")
 GROUP_MARKS = ("ema_step", "ema_swapped")
+
+_GROUP = "a param group"
 
 
 @dataclass(eq=False)
@@ -54,9 +55,10 @@ def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
     """The live entries of one parameter, by state key."""
     slot = shadow.slots[param]
     step = torch.tensor(shadow.ema_step(slot), dtype=torch.int64, device="cpu")
-    if not slot.updates:  # a placeholder is the weights, whenever it is looked at
-        with no_autograd():
-            copy_([slot.ema], [param.detach()])
+    if not slot.updates:
+        # A placeholder is the weights, whenever it is looked at. In a new tensor: the old one may
+        # be the template that a distributed load has just written into.
+        shadow.renew(param)
     entries = {"ema": slot.ema, "ema_step": step}
     if shadow.parks(param, slot):
         entries["ema_weights"] = shadow.weights_of(param)
@@ -111,21 +113,24 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
         if packed.get("ema_decay") is not None:
             check_group_decay(packed["ema_decay"])
     inner, own = split(state_dict)
-    reader = _Reader(shadow, _step(saved, own), any(bool(g.get("ema_swapped")) for g in saved))
-    slots: dict[Tensor, Slot] = {}
+    entries: dict[Tensor, _Entry] = {}
     for options, param, key in _pairs(groups, saved):
         label = _label(groups, param)
         if not options.get("ema_enabled", True):
             continue
         if key in own:
-            slots[param] = reader.slot(param, own[key], options.get("ema_decay"), label)
+            entries[param] = _Entry(param, own[key], options.get("ema_decay"), label)
         elif own and inner["state"].get(key) and param.requires_grad:
             raise ValueError(
                 f"ema of {label} must be in the checkpoint like that of the other parameters, got "
                 "none: the checkpoint is damaged. To go on without, load "
                 "strip_ema_state_dict(checkpoint): the EMA then starts anew"
             )
-    return Loaded(slots, reader.step, reader.swapped)
+    counts = [_count(g["ema_step"], _GROUP) for g in saved if "ema_step" in g]
+    step = max(counts or [entry.count for entry in entries.values()], default=0)
+    swapped = any(bool(group.get("ema_swapped")) for group in saved)
+    slots = {param: entry.slot(shadow, step, swapped) for param, entry in entries.items()}
+    return Loaded(slots, step, swapped)
 
 
 def is_without_ema(state_dict: Mapping[str, Any]) -> bool:
@@ -144,37 +149,39 @@ def keep_options(groups: Sequence[Group], before: Sequence[Group], shadow: Shado
         group.update(marks(shadow))
 
 
-@dataclass
-class _Reader:
-    shadow: ShadowSet
-    step: int
-    swapped: bool
+class _Entry:
+    """The EMA of one parameter as a checkpoint has it, checked."""
 
-    def slot(self, param: Tensor, saved: StateDict, decay: float | None, label: str) -> Slot:
-        shadow = self.shadow
+    def __init__(self, param: Tensor, saved: StateDict, decay: float | None, label: str) -> None:
         for key in ("ema", "ema_step"):
             if key not in saved:
                 raise ValueError(f"{key} of {label} must be in the checkpoint, got {sorted(saved)}")
-        _check_ema("ema", saved["ema"], param, label)
-        count = _count(saved["ema_step"], label)
-        updates = max(0, count - min(self.step, shadow.update_after_step))
+        for key in ("ema", "ema_weights"):
+            if key in saved:
+                _check_tensor(key, saved[key], param, label)
+        self.count = _count(saved["ema_step"], label)
+        self.param, self.saved, self.decay, self.label = param, saved, decay, label
+
+    def slot(self, shadow: ShadowSet, step: int, swapped: bool) -> Slot:
+        updates = max(0, self.count - min(step, shadow.update_after_step))
         made = updates // shadow.update_every * shadow.update_every
-        source = shadow.decay if decay is None else decay
+        decay = shadow.decay if self.decay is None else self.decay
         with no_autograd():
-            slot = Slot(shadow.place(param, saved["ema"]), updates, initial_share(source, made))
-            if self.swapped and updates:
-                slot.parked = self._parked(param, slot, saved, label)
+            ema = shadow.place(self.param, self.saved["ema"])
+            slot = Slot(ema, updates, initial_share(decay, made))
+            if swapped and updates:
+                slot.parked = self._parked(shadow, slot)
         return slot
 
-    def _parked(self, param: Tensor, slot: Slot, saved: StateDict, label: str) -> Tensor | None:
-        if "ema_weights" in saved:
-            _check_ema("ema_weights", saved["ema_weights"], param, label)
-            return torch.empty_like(param, requires_grad=False).copy_(saved["ema_weights"])
-        if self.shadow.parks(param, slot):
+    def _parked(self, shadow: ShadowSet, slot: Slot) -> Tensor | None:
+        if "ema_weights" in self.saved:
+            parked = torch.empty_like(self.param, requires_grad=False)
+            return parked.copy_(self.saved["ema_weights"])
+        if shadow.parks(self.param, slot):
             raise ValueError(
-                f"ema_weights of {label} must be in a checkpoint that was written while swapped, "
-                "got none: load it into parameters of the dtype it was saved with, call train() "
-                "and save again"
+                f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "
+                "none: load it into parameters of the dtype it was saved with, call train() and "
+                "save again"
             )
         return None
 
@@ -213,7 +220,7 @@ def _check_sizes(groups: Sequence[Group], saved: Sequence[Group]) -> None:
             )
 
 
-def _check_ema(key: str, value: object, param: Tensor, label: str) -> None:
+def _check_tensor(key: str, value: object, param: Tensor, label: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{key} of {label} must be a tensor, got {value!r}")
     if value.shape != param.shape or value.is_complex() != param.is_complex():
@@ -221,14 +228,6 @@ def _check_ema(key: str, value: object, param: Tensor, label: str) -> None:
             f"{key} of {label} must have shape {tuple(param.shape)} and fit {param.dtype}, got "
             f"{tuple(value.shape)} and {value.dtype}: the checkpoint is damaged or another model's"
         )
-
-
-def _step(saved: Sequence[Group], own: Mapping[Any, StateDict]) -> int:
-    counts = [_count(g["ema_step"], "param_groups") for g in saved if "ema_step" in g]
-    counts += [
-        _count(entry["ema_step"], f"state {k}") for k, entry in own.items() if "ema_step" in entry
-    ]
-    return max(counts, default=0)
 
 
 def _count(value: object, label: str) -> int:

@@ -232,6 +232,11 @@ class ShadowSet:
         with no_autograd():
             return Slot(self.place(param, param))
 
+    def renew(self, param: Tensor) -> None:
+        """Give a placeholder a new tensor that holds the weights of now."""
+        self.slots[param].ema = self.birth(param).ema
+        self._cache = None  # a placeholder has no counters to settle
+
     def place(self, param: Tensor, value: Tensor) -> Tensor:
         """A copy of ``value`` as the EMA of ``param`` is stored: dtype, device and strides."""
         dtype = ema_dtype(param.dtype, self.dtype)

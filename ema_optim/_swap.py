@@ -97,9 +97,8 @@ def resolve_pending(shadow: ShadowSet, groups: Iterable[Group]) -> None:
     if exchanged and _all_equal(exchanged) and not _forgets_all(shadow, groups):
         raise RuntimeError(
             "the optimizer's checkpoint was written while the EMA weights were swapped in, the "
-            "model's was not: the EMA is in neither. Load a model saved at the same moment as the "
-            "optimizer, or start a new EMA: optimizer.load_state_dict({'state': {}, ...}) without "
-            "the 'ema*' entries"
+            "model's was not: the EMA is in neither. Load the model's state dict of the same "
+            "moment; or start a new EMA: remove the 'ema*' entries from the optimizer's checkpoint"
         )
     swap_out(shadow)
     shadow.mode = "train"

@@ -1,0 +1,383 @@
+"""Saving and loading: resumes, checkpoints written while swapped, old and damaged ones."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from reference import same, through_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import SGD, AdamW
+
+from ema_optim import EMAOptimizer, strip_ema_state_dict
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+class Run:
+    """A small model in training; batches come from a generator of its own."""
+
+    def __init__(self, dtype=torch.float32, seed=0, optimizer=AdamW, **kwargs):
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)
+        ).to(dtype)
+        kwargs = {"decay": 0.25, **kwargs}
+        self.optimizer = EMAOptimizer(optimizer(self.model.parameters(), lr=0.05), **kwargs)
+
+    def train(self, steps, seed=0):
+        batches = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            batch = torch.randn(8, 4, generator=batches).to(next(self.model.parameters()).dtype)
+            self.optimizer.zero_grad()
+            self.model(batch).square().sum().backward()
+            self.optimizer.step()
+        return self
+
+    def save(self):
+        return through_file({"model": self.model.state_dict(), "o": self.optimizer.state_dict()})
+
+    def load(self, saved, model_first=True):
+        loads = [
+            lambda: self.model.load_state_dict(saved["model"]),
+            lambda: self.optimizer.load_state_dict(saved["o"]),
+        ]
+        for load in loads if model_first else reversed(loads):
+            load()
+        return self
+
+    def facts(self):
+        return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict()])
+
+
+def swapped_save(run, entrance="eval"):
+    if entrance == "eval":
+        run.optimizer.eval()
+        saved = run.save()
+        run.optimizer.train()
+        return saved
+    with run.optimizer.swap_ema_weights():
+        return run.save()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize("entrance", [None, "eval", "block"])
+def test_resume_equals_uninterrupted_whenever_it_was_saved(dtype, model_first, entrance):
+    run = Run(dtype).train(4)
+    saved = swapped_save(run, entrance) if entrance else run.save()
+    again = Run(dtype, seed=9).load(saved, model_first).train(3, seed=1)
+    assert same(again.facts(), run.train(3, seed=1).facts())
+
+
+RESOLVERS = {
+    "zero_grad": lambda o: o.zero_grad(),
+    "train": lambda o: o.train(),
+    "step with closure": lambda o: o.step(lambda: None),
+    "step without gradients": lambda o: o.step(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("resolver", RESOLVERS)
+def test_pending_exchange_happens_at_the_next_call_that_may_train(dtype, resolver):
+    run = Run(dtype, optimizer=SGD).train(4)
+    weights = copy.deepcopy(run.model.state_dict())
+    again = Run(dtype, seed=9, optimizer=SGD).load(swapped_save(run))
+    assert again.optimizer.swapped
+    RESOLVERS[resolver](again.optimizer)
+    assert not again.optimizer.swapped
+    assert same(again.model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reader", ["eval", "swap", "apply_ema", "get_ema_state"])
+def test_ema_is_right_while_an_exchange_is_pending(dtype, reader):
+    run = Run(dtype).train(4)
+    expected = run.optimizer.get_ema_state(run.model)
+    again = Run(dtype, seed=9).load(swapped_save(run))
+    if reader == "get_ema_state":
+        got = again.optimizer.get_ema_state(again.model)
+        assert same(got, expected)
+        return
+    swap = again.optimizer.swap_ema_weights()
+    if reader == "swap":
+        swap.__enter__()
+    else:
+        getattr(again.optimizer, reader)()
+    got = {name: p.detach() for name, p in again.model.named_parameters()}
+    assert same(got, {name: e.to(dtype) for name, e in expected.items()})
+
+
+def test_step_with_gradients_taken_at_the_ema_weights_raises():
+    run = Run().train(4)
+    again = Run(seed=9).load(swapped_save(run))
+    weights = copy.deepcopy(again.model.state_dict())
+    again.model(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"Call optimizer.train\(\) after loading"):
+        again.optimizer.step()
+    assert same(again.model.state_dict(), weights)
+
+
+def test_model_and_optimizer_saved_in_different_modes_raise():
+    run = Run().train(4)
+    saved = {"model": run.save()["model"], "o": swapped_save(run)["o"]}
+    again = Run(seed=9).load(saved)
+    with pytest.raises(RuntimeError, match="the EMA is in neither"):
+        again.optimizer.train()
+
+
+@pytest.mark.parametrize("decay", [0.0, lambda u: 1 - 1 / u])
+def test_ema_that_rightly_equals_the_weights_is_not_taken_for_a_lost_one(decay):
+    run = Run(decay=decay).train(1)
+    again = Run(seed=9, decay=decay).load(swapped_save(run)).train(2, seed=1)
+    assert same(again.facts(), run.train(2, seed=1).facts())
+
+
+def test_checkpoint_taken_while_an_exchange_is_pending_is_the_same_checkpoint():
+    saved = swapped_save(Run().train(4))
+    assert same(Run(seed=9).load(saved).save(), saved)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_and_shapes_of_a_checkpoint_never_change(dtype):
+    run = Run(dtype).train(4)
+    plain, swapped = run.save()["o"], swapped_save(run)["o"]
+    for a, b in zip(plain["state"].values(), swapped["state"].values(), strict=True):
+        assert [(k, v.shape, v.dtype) for k, v in a.items()] == [
+            (k, v.shape, v.dtype) for k, v in b.items()
+        ]
+    assert [g.keys() for g in plain["param_groups"]] == [g.keys() for g in swapped["param_groups"]]
+    assert ("ema_weights" in plain["state"][0]) == (dtype is torch.bfloat16)
+
+
+def test_swapped_checkpoint_holds_the_training_weights_and_the_unrounded_ema():
+    run = Run(torch.bfloat16).train(4)
+    ema = run.optimizer.get_ema_state(run.model)["0.weight"]
+    weight = run.model[0].weight.detach().clone()
+    entry = swapped_save(run)["o"]["state"][0]
+    assert torch.equal(entry["ema"], ema)
+    assert torch.equal(entry["ema_weights"], weight)
+    assert ema.dtype == torch.float32
+
+
+@pytest.mark.parametrize("entrance", ["eval", "block"])
+def test_load_while_swapped_forgets_the_old_weights(entrance):
+    run = Run().train(4)
+    saved = run.save()
+    other = Run(seed=9).train(2)
+    if entrance == "eval":
+        other.optimizer.eval()
+        other.load(saved)
+        other.optimizer.train()
+    else:
+        with other.optimizer.swap_ema_weights():
+            other.load(saved)
+    assert same(other.facts(), run.facts())
+
+
+def test_configuration_is_not_overwritten_by_a_load():
+    saved = Run(decay=0.5, update_every=1).train(4).save()
+    again = Run(decay=0.25, update_every=2).load(saved)
+    assert "decay=0.25, update_every=2" in repr(again.optimizer)
+
+
+def test_own_decay_of_a_group_is_saved_and_loaded_like_any_option():
+    run = Run()
+    run.optimizer.param_groups[0]["ema_decay"] = 0.125
+    saved = run.train(2).save()
+    again = Run(seed=9).load(saved)
+    assert again.optimizer.param_groups[0]["ema_decay"] == 0.125
+
+
+def test_checkpoint_without_ema_starts_the_ema_at_the_loaded_weights():
+    run = Run().train(4)
+    saved = {**run.save(), "o": strip_ema_state_dict(run.save()["o"])}
+    again = Run(seed=9)
+    again.optimizer.param_groups[0]["ema_decay"] = 0.75
+    with pytest.warns(UserWarning, match="holds no EMA") as record:
+        again.load(saved)
+    assert record[0].filename == __file__
+    again.load(saved)  # the warning comes once
+    start = again.model[0].weight.detach().clone()
+    again.train(1)
+    expected = start.lerp(again.model[0].weight.detach(), 0.25)
+    assert torch.equal(again.optimizer.state[again.model[0].weight]["ema"], expected)
+
+
+def test_empty_round_trip_is_silent():
+    # Accelerate loads state_dict() into the optimizer before the first step.
+    run = Run()
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert len(run.optimizer.state) == 0
+    run.train(1)
+
+
+def test_loading_an_ema_into_the_bare_optimizer_trains_on_alike():
+    run = Run().train(4)
+    bare = torch.nn.Sequential(*copy.deepcopy(list(run.model)))
+    optimizer = AdamW(bare.parameters(), lr=0.05)
+    optimizer.load_state_dict(strip_ema_state_dict(run.save()["o"]))
+    run.train(1, seed=3)
+    batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
+    bare(batch).square().sum().backward()
+    optimizer.step()
+    assert same(bare.state_dict(), run.model.state_dict())
+
+
+def test_loaded_tensors_are_copies():
+    saved = Run().train(2).save()["o"]
+    emas = {key: entry["ema"].clone() for key, entry in saved["state"].items()}
+    run = Run(seed=9)
+    run.optimizer.load_state_dict(saved)
+    run.train(2)
+    assert all(torch.equal(entry["ema"], emas[key]) for key, entry in saved["state"].items())
+
+
+def edit(path, value):
+    def damage(state):
+        for key in path[:-1]:
+            state = state[key]
+        if value is KeyError:
+            del state[path[-1]]
+        else:
+            state[path[-1]] = value
+
+    return damage
+
+
+def drop_ema(state):
+    for key in ("ema", "ema_step"):
+        del state["state"][1][key]
+
+
+LABEL = r"param_groups\[0\]\['params'\]\[1\]"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_ema, f"ema of {LABEL} must be in the checkpoint"),
+        (edit(("state", 1, "ema"), KeyError), f"ema of {LABEL} must be in the checkpoint"),
+        (edit(("state", 1, "ema_step"), KeyError), f"ema_step of {LABEL} must be in"),
+        (edit(("state", 1, "ema"), torch.zeros(7)), rf"ema of {LABEL} must have shape \(5,\)"),
+        (edit(("state", 1, "ema"), 3.0), f"ema of {LABEL} must be a tensor, got 3.0"),
+        (edit(("state", 1, "ema"), torch.zeros(5) * 1j), f"ema of {LABEL} .*complex64"),
+        (edit(("state", 1, "ema_step"), -1), f"ema_step of {LABEL} must be a count"),
+        (edit(("state", 1, "ema_step"), 1.5), f"ema_step of {LABEL} must be a count"),
+        (edit(("state", 1, "ema_step"), torch.tensor(2.0)), f"ema_step of {LABEL} .* count"),
+        (edit(("state", 1, "ema_step"), torch.zeros(2).long()), f"ema_step of {LABEL} .* count"),
+        (edit(("state", 1, "ema_step"), "many"), f"ema_step of {LABEL} must be a count"),
+        (edit(("param_groups", 0, "ema_step"), -3), "ema_step of a param group must be a count"),
+        (edit(("param_groups", 0, "ema_decay"), 7.0), "ema_decay .* got 7.0"),
+        (lambda s: s["param_groups"].append(s["param_groups"][0]), "1 param groups .* got 2"),
+        (lambda s: s["param_groups"][0]["params"].pop(), "4 parameters .* got 3"),
+        (edit(("state", 1, "step"), KeyError), "step"),
+    ],
+)
+def test_damaged_checkpoint_raises_and_changes_nothing(damage, message):
+    saved = Run().train(3).save()["o"]
+    damage(saved)
+    run = Run(seed=9).train(2)
+    facts, groups, state = run.facts(), run.optimizer.param_groups, run.optimizer.inner.state
+    with pytest.raises((ValueError, KeyError), match=message):
+        run.optimizer.load_state_dict(saved)
+    assert same(run.facts(), facts)
+    assert run.optimizer.param_groups is groups
+    assert run.optimizer.inner.state is state
+
+
+def test_damage_is_named_by_the_parameters_name_where_torch_knows_it():
+    model = torch.nn.Linear(2, 3)
+    optimizer = EMAOptimizer(AdamW(model.named_parameters()))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][1]["ema"] = torch.zeros(9)
+    with pytest.raises(ValueError, match=r"ema of bias must have shape \(3,\)"):
+        optimizer.load_state_dict(saved)
+
+
+def test_swapped_checkpoint_without_parked_weights_is_refused_where_it_would_round():
+    saved = swapped_save(Run().train(4))
+    run = Run(torch.bfloat16, seed=9)
+    with pytest.raises(ValueError, match=r"ema_weights of .* must be in a checkpoint"):
+        run.optimizer.load_state_dict(saved["o"])
+
+
+def test_ema_of_bf16_weights_survives_bit_for_bit():
+    # Torch's own load casts every state tensor except "step" to the parameter's dtype.
+    run = Run(torch.bfloat16).train(5)
+    again = Run(torch.bfloat16, seed=9).load(run.save())
+    ema = again.optimizer.state[again.model[0].weight]["ema"]
+    assert ema.dtype == torch.float32
+    assert torch.equal(ema, run.optimizer.state[run.model[0].weight]["ema"])
+    assert not torch.equal(ema, ema.bfloat16().float())
+
+
+def test_load_keeps_the_strides_of_the_parameter():
+    def make():
+        p = torch.nn.Parameter(torch.randn(4, 3).t())
+        return p, EMAOptimizer(SGD([p], lr=0.1))
+
+    p, optimizer = make()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    q, again = make()
+    again.load_state_dict(through_file(optimizer.state_dict()))
+    assert again.state[q]["ema"].stride() == q.stride()
+
+
+OPTIONS = [StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)]
+
+
+def dcp_save(run, folder, options):
+    state = {
+        "model": run.model.state_dict(),
+        "o": get_optimizer_state_dict(run.model, run.optimizer, options=options),
+    }
+    dcp.save(state, checkpoint_id=folder)
+
+
+def dcp_load(run, folder, options):
+    optimizer = get_optimizer_state_dict(run.model, run.optimizer, options=options)
+    weights = copy.deepcopy(run.model.state_dict())
+    state = {"o": optimizer}
+    dcp.load(state, checkpoint_id=folder)
+    assert same(run.model.state_dict(), weights)  # a load writes into the tensors of its template
+    model = {"model": run.model.state_dict()}
+    dcp.load(model, checkpoint_id=folder)
+    set_optimizer_state_dict(run.model, run.optimizer, state["o"], options=options)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process suffices here
+@pytest.mark.parametrize("options", OPTIONS, ids=["nested", "flattened"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_distributed_checkpoint_resumes_bit_for_bit(tmp_path, options, dtype, swapped):
+    run = Run(dtype).train(4)
+    if swapped:
+        run.optimizer.eval()
+    dcp_save(run, tmp_path, options)
+    run.optimizer.train()
+    again = Run(dtype, seed=9)
+    dcp_load(again, tmp_path, options)
+    again.train(3, seed=1)
+    assert same(again.facts(), run.train(3, seed=1).facts())
+
+
+def test_dry_initialisation_of_distributed_checkpoints_does_not_count():
+    run = Run()
+    get_optimizer_state_dict(run.model, run.optimizer)
+    weight = run.model[0].weight
+    assert run.optimizer.state[weight]["ema_step"] == 0
+    with torch.no_grad():
+        weight.fill_(3.0)
+    start = weight.detach().clone()
+    run.train(1)
+    expected = start.lerp(weight.detach(), 0.75)
+    assert torch.equal(run.optimizer.state[weight]["ema"], expected)

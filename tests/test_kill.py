@@ -1,0 +1,68 @@
+"""A process killed at any moment of a loop that saves atomically resumes bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from reference import same
+
+SCRIPT = """
+import os, sys, torch
+from ema_optim import EMAOptimizer
+
+folder, steps = sys.argv[1], int(sys.argv[2])
+path = os.path.join(folder, "checkpoint.pt")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2))
+optimizer = EMAOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), decay=0.9)
+start = 0
+if os.path.exists(path):
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    start = saved["step"]
+for step in range(start, steps):
+    optimizer.train()
+    batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+    optimizer.zero_grad()
+    model(batch).square().sum().backward()
+    optimizer.step()
+    if step % 3 == 0 and step > 30:
+        optimizer.eval()  # some checkpoints are written while swapped
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+    print(step, flush=True)
+"""
+
+
+def start(folder, steps=150):
+    arguments = [sys.executable, "-c", SCRIPT, str(folder), str(steps)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ)
+
+
+def test_killed_runs_resume_bit_for_bit(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    uninterrupted = start(whole)
+    moments = random.Random(0)
+    for _ in range(3):
+        process = start(killed)
+        for _ in range(moments.randrange(5, 40)):
+            process.stdout.readline()
+        time.sleep(moments.random() * 0.01)  # into the middle of a step or of a save
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    for process in (uninterrupted, start(killed)):
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    saved = [torch.load(Path(f) / "checkpoint.pt", weights_only=True) for f in (whole, killed)]
+    assert saved[0]["step"] == 150
+    assert same(*saved)
