@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._config import check_group_decay
-from ._shadow import Group, ShadowSet, Slot, no_autograd
+from ._config import check_group_decay, check_tensor
+from ._shadow import ShadowSet, no_autograd
+from ._slots import Group, Slot
 from .schedules import initial_share
 
 StateDict = dict[str, Any]
@@ -67,6 +68,7 @@ def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
 
 def merge(packed: StateDict, groups: Sequence[Group], shadow: ShadowSet) -> StateDict:
     """The inner optimizer's state dict with the EMA in it."""
+    shadow.look_at_memory()
     state = dict(packed["state"])
     for _, param, key in _pairs(groups, packed["param_groups"]):
         if param in shadow.slots:
@@ -107,6 +109,7 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
     Raises:
         ValueError: The checkpoint is damaged or another model's; the message names the parameter.
     """
+    check_form(state_dict)
     saved = state_dict["param_groups"]
     _check_sizes(groups, saved)
     for packed in saved:
@@ -158,7 +161,7 @@ class _Entry:
                 raise ValueError(f"{key} of {label} must be in the checkpoint, got {sorted(saved)}")
         for key in ("ema", "ema_weights"):
             if key in saved:
-                _check_tensor(key, saved[key], param, label)
+                check_tensor(f"{key} of {label}", saved[key], param)
         self.count = _count(saved["ema_step"], label)
         self.param, self.saved, self.decay, self.label = param, saved, decay, label
 
@@ -206,6 +209,15 @@ def _label(groups: Sequence[Group], param: Tensor) -> str:
     raise KeyError("the parameter is in no param group")
 
 
+def check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is no optimizer checkpoint at all."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "state_dict must have 'state' and 'param_groups', got the keys "
+            f"{sorted(map(str, state_dict))[:5]}: it is another part of the checkpoint"
+        )
+
+
 def _check_sizes(groups: Sequence[Group], saved: Sequence[Group]) -> None:
     if len(saved) != len(groups):
         raise ValueError(
@@ -218,16 +230,6 @@ def _check_sizes(groups: Sequence[Group], saved: Sequence[Group]) -> None:
                 f"param_groups[{index}] of the checkpoint must have {len(group['params'])} "
                 f"parameters like the optimizer's, got {len(packed['params'])}"
             )
-
-
-def _check_tensor(key: str, value: object, param: Tensor, label: str) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise ValueError(f"{key} of {label} must be a tensor, got {value!r}")
-    if value.shape != param.shape or value.is_complex() != param.is_complex():
-        raise ValueError(
-            f"{key} of {label} must have shape {tuple(param.shape)} and fit {param.dtype}, got "
-            f"{tuple(value.shape)} and {value.dtype}: the checkpoint is damaged or another model's"
-        )
 
 
 def _count(value: object, label: str) -> int:

@@ -1,6 +1,7 @@
 """What a user may set, and what is said of a value that is out of its range."""
 
 import torch
+from torch import Tensor
 
 from .schedules import check_decay
 
@@ -49,3 +50,14 @@ def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
             "rounded to nearest into a narrower dtype, an EMA stops moving"
         )
     return dtype
+
+
+def check_tensor(what: str, value: object, param: Tensor) -> None:
+    """Raise TypeError or ValueError for a value that cannot be the EMA of ``param``."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{what} must be a tensor, got {value!r}")
+    if value.shape != param.shape or value.is_complex() != param.is_complex():
+        raise ValueError(
+            f"{what} must have shape {tuple(param.shape)} and fit {param.dtype}, got "
+            f"{tuple(value.shape)} and {value.dtype}: it is damaged or another model's"
+        )

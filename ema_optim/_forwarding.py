@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from ._config import check_group_decay
-from ._shadow import Group
+from ._slots import Group
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -147,7 +147,8 @@ class ForwardingOptimizer(Optimizer):
             state_dict: From ``EMAOptimizer.state_dict()`` or from the inner optimizer alone.
 
         Raises:
-            ValueError: The checkpoint is damaged or another model's; nothing has changed then.
+            ValueError, TypeError: The checkpoint is damaged or another model's; the message names
+                the parameter. Nothing has changed then.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -2,27 +2,31 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 
 def shared_memory(tensors: Iterable[Tensor]) -> set[Tensor]:
     """The tensors whose memory ranges overlap with another's."""
-    by_storage: dict[int, list[Tensor]] = {}
+    by_device: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
     for tensor in tensors:
         if tensor.numel():
-            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+            by_device.setdefault(tensor.device, []).append((*_bytes(tensor), tensor))
     shared: set[Tensor] = set()
-    for neighbours in by_storage.values():
-        neighbours.sort(key=lambda tensor: tensor.storage_offset())
-        reach, holder = -1, neighbours[0]
-        for tensor in neighbours:
-            if tensor.storage_offset() <= reach:
+    for spans in by_device.values():
+        spans.sort(key=lambda span: span[0])
+        reach, holder = -1, spans[0][2]
+        for first, last, tensor in spans:
+            if first <= reach:
                 shared |= {tensor, holder}
-            if _last(tensor) > reach:
-                reach, holder = _last(tensor), tensor
+            if last > reach:
+                reach, holder = last, tensor
     return shared
 
 
-def _last(tensor: Tensor) -> int:
+def _bytes(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first and last byte."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return int(tensor.storage_offset()) + sum((size - 1) * stride for size, stride in steps)
+    extent = 1 + sum((size - 1) * stride for size, stride in steps)
+    first = tensor.data_ptr()
+    return first, first + int(extent) * tensor.element_size() - 1

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from ._shadow import Group, ShadowSet, Slot, no_autograd
+from ._config import check_tensor
+from ._shadow import ShadowSet, no_autograd
+from ._slots import Group, Slot
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -53,6 +54,7 @@ def load_ema_state(
     strict: bool,
 ) -> None:
     """Make ``state`` the EMA; everything is checked before anything changes."""
+    shadow.settle()
     named = _named_tensors(model)
     members = set(shadow.members(groups))
     found = {_known(name, named): value for name, value in state.items()}
@@ -61,7 +63,7 @@ def load_ema_state(
         _check_names(found, targets, {n: t for n, t in named.items() if t in members})
     slots = {}
     for name, param in targets.items():
-        _check_shape(name, param, found[name])
+        check_tensor(f"the EMA of {name}", found[name], param)
         slots[param] = _loaded_slot(shadow, param, found[name])
     shadow.forget_cache()
     shadow.slots.update(slots)
@@ -90,16 +92,6 @@ def _check_names(
         raise KeyError(
             f"the names must be those of the optimizer's parameters in the model; missing: "
             f"{missing}, unknown: {unknown}. Pass strict=False to load the others"
-        )
-
-
-def _check_shape(name: str, param: Tensor, value: Tensor) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"the EMA of {name} must be a tensor, got {value!r}")
-    if value.shape != param.shape or value.is_complex() != param.is_complex():
-        raise ValueError(
-            f"the EMA of {name} must have shape {tuple(param.shape)} and fit {param.dtype}, got "
-            f"{tuple(value.shape)} and {value.dtype}: it belongs to another model"
         )
 
 

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from ._shadow import Group, ShadowSet, no_autograd
+from ._shadow import ShadowSet, no_autograd
+from ._slots import Group
 from ._update import non_finite, relative_distance
 from ._warnings import warn
 

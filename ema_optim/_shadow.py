@@ -10,8 +10,6 @@ to one with a ``__dict__`` of its own) and the optimizer itself can never disagr
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -19,75 +17,9 @@ from torch import Tensor
 
 from ._config import check_count, check_dtype, check_group_decay, ema_dtype
 from ._memory import shared_memory
+from ._slots import Bucket, Cache, Group, Slot, group_options, place_of, trainable_flag
 from ._update import copy_, ema_update_
 from .schedules import Decay, check_decay, decay_factor
-
-Group = dict[str, Any]
-
-_trainable = attrgetter("requires_grad")
-_place = attrgetter("dtype", "device")
-
-
-@dataclass(eq=False, slots=True)
-class Slot:
-    """What is kept for one parameter.
-
-    Attributes:
-        ema: The EMA tensor; while an exchange is on, the training weights (see ``parked``).
-        updates: Counted steps since averaging began for this parameter; 0 marks a placeholder
-            that is seeded again from the weights.
-        share: The share of the initial weights that is still inside the EMA.
-        parked: The training weights while the EMA weights are in a parameter that could not take
-            them by exchange (another dtype, or memory shared with another parameter).
-    """
-
-    ema: Tensor
-    updates: int = 0
-    share: float = 1.0
-    parked: Tensor | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Bucket:
-    """Slots that one multi-tensor call can update: same devices, dtypes, decay and counter."""
-
-    decay: Decay
-    start: int
-    share: float
-    place: tuple[torch.dtype, torch.device]
-    params: list[Tensor] = field(default_factory=list)
-    emas: list[Tensor] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
-
-    def updates(self, step: int) -> int:
-        return max(0, step - self.start)
-
-    def fits(self) -> bool:
-        # Two samples tell of a model that was moved or cast; a sweep over the dtypes of all would
-        # cost a tenth of the update of many small tensors.
-        ends = self.params[0], self.params[-1]
-        return all(_place(param) == self.place for param in ends)
-
-
-@dataclass(eq=False, slots=True)
-class Cache:
-    """Buckets, and what they were made from: they are stale when that is no longer so."""
-
-    params: list[Tensor]
-    trainable: list[bool]
-    options: list[tuple[int, Any, Any]]
-    buckets: list[Bucket]
-
-    def fits(self, groups: Sequence[Group]) -> bool:
-        params = [param for group in groups for param in group["params"]]
-        return (
-            len(params) == len(self.params)
-            # Identity: comparing lists of tensors with == would compare their values.
-            and all(map(is_, params, self.params))
-            and list(map(_trainable, params)) == self.trainable
-            and _options(groups) == self.options
-            and all(bucket.fits() for bucket in self.buckets)
-        )
 
 
 @contextmanager
@@ -196,9 +128,13 @@ class ShadowSet:
     def parks(self, param: Tensor, slot: Slot) -> bool:
         """Whether a swap parks the weights, because an exchange would round or mix values."""
         if self._shared is None:
-            self._shared = shared_memory(self.slots)
+            self.look_at_memory()
         other = param.dtype != slot.ema.dtype or param.device != slot.ema.device
-        return other or param in self._shared
+        return other or param in (self._shared or ())
+
+    def look_at_memory(self) -> None:
+        """Find out anew which parameters share memory: ``param.data = ...`` may have changed it."""
+        self._shared = shared_memory(self.slots)
 
     def ema_of(self, param: Tensor) -> Tensor:
         """The EMA weights of a parameter, wherever they are now; the weights before averaging."""
@@ -232,6 +168,11 @@ class ShadowSet:
         with no_autograd():
             return Slot(self.place(param, param))
 
+    def hand_over(self, old: Tensor, new: Tensor) -> None:
+        """Let the slot of a tensor that was replaced be its successor's."""
+        self.forget_cache()
+        self.slots[new] = self.slots.pop(old)
+
     def renew(self, param: Tensor) -> None:
         """Give a placeholder a new tensor that holds the weights of now."""
         self.slots[param].ema = self.birth(param).ema
@@ -256,7 +197,7 @@ class ShadowSet:
     def _fresh_buckets(self, groups: Sequence[Group]) -> list[Bucket]:
         if self._cache is not None and self._cache.fits(groups):
             return self._cache.buckets
-        options = _options(groups)
+        options = group_options(groups)
         for _, decay, _ in options:
             if decay is not None:
                 check_group_decay(decay)
@@ -264,7 +205,7 @@ class ShadowSet:
         members = self.members(groups)
         self.slots = {param: self._slot_at(param) for param in members}
         params = [param for group in groups for param in group["params"]]
-        trainable = list(map(_trainable, params))
+        trainable = list(map(trainable_flag, params))
         self._cache = Cache(params, trainable, options, self._make_buckets(groups))
         self._settled_at = self.step
         return self._cache.buckets
@@ -289,8 +230,8 @@ class ShadowSet:
                     continue
                 seen.add(param)
                 start = max(self.step, self.update_after_step) - slot.updates
-                place = _place(param)
-                key = (place, _place(slot.ema), decay, start, slot.share)
+                place = place_of(param)
+                key = (place, place_of(slot.ema), decay, start, slot.share)
                 source = self.decay if decay is None else decay
                 bucket = buckets.setdefault(key, Bucket(source, start, slot.share, place))
                 bucket.params.append(param)
@@ -302,10 +243,6 @@ class ShadowSet:
 def _follows(group: Group, param: Tensor) -> bool:
     # "ema_buffers" marks the group of a model's float buffers, which never require a gradient.
     return param.requires_grad or bool(group.get("ema_buffers"))
-
-
-def _options(groups: Sequence[Group]) -> list[tuple[int, Any, Any]]:
-    return [(len(g["params"]), g.get("ema_decay"), g.get("ema_enabled")) for g in groups]
 
 
 def _is_dry(groups: Sequence[Group]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._checkpoint import STATE_KEYS, slot_entries
+from ._config import check_tensor
 from ._shadow import ShadowSet, no_autograd
 
 
@@ -41,10 +42,12 @@ class ParamState(MutableMapping[str, Any]):
             self._inner[self._param][key] = value
 
     def __delitem__(self, key: str) -> None:
-        if key not in STATE_KEYS:
+        if key not in self:
+            raise KeyError(key)
+        if key in STATE_KEYS:
+            _drop(self._shadow, self._param)
+        else:
             del self._inner[self._param][key]
-        elif self._shadow.slots.pop(self._param, None) is not None:
-            self._shadow.forget_cache()
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._rest(), *self._own()])
@@ -73,9 +76,10 @@ class StateView(MutableMapping[Any, Any]):
             return
         entries = dict(value)
         own = {k: entries.pop(k) for k in STATE_KEYS if k in entries}
-        self._optimizer.state[key] = entries
-        if not own and self._shadow.slots.pop(key, None) is not None:
-            self._shadow.forget_cache()
+        if entries or not own or key in self._optimizer.state:
+            self._optimizer.state[key] = entries
+        if not own:
+            _drop(self._shadow, key)
         for name, entry in own.items():
             _write(self._shadow, key, name, entry)
 
@@ -83,8 +87,7 @@ class StateView(MutableMapping[Any, Any]):
         if key not in self:
             raise KeyError(key)
         self._optimizer.state.pop(key, None)
-        if isinstance(key, torch.Tensor) and self._shadow.slots.pop(key, None) is not None:
-            self._shadow.forget_cache()
+        _drop(self._shadow, key)
 
     def __contains__(self, key: object) -> bool:
         return key in self._optimizer.state or key in self._shadow.slots
@@ -105,8 +108,27 @@ class StateView(MutableMapping[Any, Any]):
         return repr(dict(self))
 
 
+def replace_state(view: StateView, value: Mapping[Any, Any]) -> None:
+    """Make ``value`` the whole state, as an assignment to ``optimizer.state`` does."""
+    if isinstance(value, StateView):
+        return  # the live mapping itself
+    for key in view:
+        if key not in value:
+            del view[key]
+    for key in value:
+        view[key] = value[key]
+
+
+def _drop(shadow: ShadowSet, param: Any) -> None:
+    if param in shadow.slots:
+        shadow.forget_cache()
+        del shadow.slots[param]
+
+
 def _write(shadow: ShadowSet, param: Tensor, key: str, value: Any) -> None:
     """Take what an engine assigns, under our own policy of dtype and device."""
+    if key == "ema":
+        check_tensor("ema", value, param)
     slot = shadow.slots.get(param) or shadow.slots.setdefault(param, shadow.birth(param))
     shadow.forget_cache()
     with no_autograd():

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._shadow import Group, ShadowSet, Slot, no_autograd
+from ._shadow import ShadowSet, no_autograd
+from ._slots import Group, Slot
 from ._update import Exchange, copy_
 from .schedules import decay_factor
 
@@ -24,6 +25,7 @@ Slots = dict[Tensor, Slot]
 def swap_in(shadow: ShadowSet) -> None:
     """Put the EMA weights into the parameters. An error on the way changes nothing."""
     counted = shadow.counted()
+    shadow.look_at_memory()
     parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
     with no_autograd():
         exchange = _exchange({p: s for p, s in counted.items() if p not in parking})

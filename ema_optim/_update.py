@@ -111,11 +111,12 @@ def relative_distance(emas: list[Tensor], weights: list[Tensor]) -> float:
 
 def non_finite(tensors: list[Tensor]) -> list[int]:
     """Positions of the tensors that hold a NaN or an infinity."""
-    filled = [i for i, tensor in enumerate(tensors) if tensor.numel()]
+    # As real numbers: the modulus of a finite complex number may overflow.
+    reals = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     found = []
-    for group in _by_place([(i, tensors[i]) for i in filled]):
+    for group in _by_place([(i, real) for i, real in enumerate(reals) if real.numel()]):
         norms = torch._foreach_norm([tensor for _, tensor in group], math.inf)
-        bad = ~torch.isfinite(torch.stack([norm.float() for norm in norms]))
+        bad = ~torch.isfinite(torch.stack(list(norms)))
         if bad.any():
             found += [group[j][0] for j in bad.nonzero().flatten().tolist()]
     return sorted(found)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _checkpoint, _names, _report, _swap
-from ._shadow import Group, ShadowSet, no_autograd
+from ._buffers import AveragedBuffers, HeldBuffers
+from ._shadow import ShadowSet, no_autograd
+from ._slots import Group
 from ._update import copy_
 from .schedules import Decay
 
@@ -69,6 +71,7 @@ class EMAModel:
         self.model = model
         self.use_buffers = use_buffers
         self._ema = ShadowSet(decay, update_every, update_after_step, dtype)
+        self._buffers = AveragedBuffers()
         self.reset()
 
     @property
@@ -96,7 +99,7 @@ class EMAModel:
         self._refuse_in_block("update()")
         plan = self._ema.begin_step(self._groups(), reseed=False)
         self._ema.finish_step(plan)
-        if self._ema.step <= self._ema.update_after_step:
+        if self._ema.step == self._ema.update_after_step:  # here averaging begins
             slots = self._ema.slots
             with no_autograd():
                 copy_([slot.ema for slot in slots.values()], [param.detach() for param in slots])
@@ -105,20 +108,22 @@ class EMAModel:
     def use_ema(self) -> Iterator[None]:
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
+        Whatever the block does to buffers is undone when it ends, averaged ones included.
+
         Raises:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("use_ema()")
         _report.check_read(self._ema, self._groups(), "swap")
-        buffers = [b for b in self.model.buffers() if b not in self._ema.slots]
-        held = [buffer.clone() for buffer in buffers]
         _swap.swap_in(self._ema)
         self._ema.mode = "block"
         try:
-            yield
+            held = HeldBuffers(self.model)
+            try:
+                yield
+            finally:
+                held.put_back()
         finally:
-            with no_autograd():
-                copy_(buffers, held)
             _swap.leave_block(self._ema)
 
     def apply_ema(self) -> None:
@@ -169,16 +174,18 @@ class EMAModel:
         self._refuse_in_block("load_state_dict()")
         groups = self._groups()
         _check_names(groups, state_dict)
-        _checkpoint.read(self._ema, groups, state_dict).install(self._ema)
+        # By name, not by position: the order of a model's modules may change.
+        named = [{**g, "params": list(g["param_names"])} for g in groups]
+        pairs = zip(state_dict["param_groups"], named, strict=True)
+        saved = {**state_dict, "param_groups": [{**old, **new} for old, new in pairs]}
+        _checkpoint.read(self._ema, groups, saved).install(self._ema)
 
     def _groups(self) -> list[Group]:
         # Walked at every call: a module that was replaced must not leave the EMA behind on it.
         params = _names.unique(_names.named_parameters(self.model))
         groups: list[Group] = [{"params": list(params), "param_names": list(params.values())}]
         if self.use_buffers:
-            named = _names.named_buffers(self.model)
-            floats = {n: b for n, b in named.items() if b.is_floating_point() or b.is_complex()}
-            buffers = _names.unique(floats)
+            buffers = _names.unique(self._buffers.find(self.model, self._ema))
             names = list(buffers.values())
             groups.append({"params": list(buffers), "param_names": names, "ema_buffers": True})
         return groups
@@ -189,6 +196,12 @@ class EMAModel:
 
 
 def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:
+    _checkpoint.check_form(state_dict)
+    if any(group.get("ema_swapped") for group in state_dict["param_groups"]):
+        raise ValueError(
+            "the checkpoint must not be written while swapped, got ema_swapped=True: load it into "
+            "the EMAOptimizer that wrote it, call train() and save again"
+        )
     wanted = [name for group in groups for name in group["param_names"]]
     given = [name for group in state_dict["param_groups"] for name in group["params"]]
     if missing := sorted(set(wanted) - set(given)):

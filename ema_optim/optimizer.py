@@ -7,7 +7,6 @@ and this class forwards to both. It composes and does not share: torch replaces 
 ``param_groups`` on every load, so both are looked up where they live.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +17,9 @@ from torch.optim import Optimizer
 
 from . import _checkpoint, _names, _report, _swap
 from ._forwarding import ForwardingOptimizer, check_inner, check_new_group, ema_class
-from ._shadow import Group, ShadowSet
-from ._state import StateView
+from ._shadow import ShadowSet
+from ._slots import Group
+from ._state import StateView, replace_state
 from ._warnings import warn
 from .schedules import Decay
 
@@ -83,12 +83,7 @@ class EMAOptimizer(ForwardingOptimizer):
 
     @state.setter
     def state(self, value: Mapping[Any, Any]) -> None:
-        entries = {key: dict(value[key]) for key in value}
-        self.inner.state = defaultdict(dict)
-        self._ema.slots.clear()
-        self._ema.forget_cache()
-        for key, entry in entries.items():
-            self.state[key] = entry
+        replace_state(self.state, value)
 
     @property
     def swapped(self) -> bool:
@@ -157,7 +152,11 @@ class EMAOptimizer(ForwardingOptimizer):
             return
         # The inner optimizer first: schedule-free moves the weights it finds.
         _call(self.inner, "eval")
-        self._swap_in()
+        try:
+            self._swap_in()
+        except BaseException:
+            _call(self.inner, "train")
+            raise
         self._ema.mode = "eval"
 
     def train(self) -> None:
@@ -168,7 +167,8 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         self._resolve_pending()
         self._refuse_in("block", "train() inside swap_ema_weights(): leave the block first")
-        self._swap_out()
+        if self._ema.mode == "eval":
+            self._swap_out()
         _call(self.inner, "train")
 
     def apply_ema(self) -> None:
