@@ -230,6 +230,18 @@ def test_overlapping_parameters_are_restored_bit_for_bit(cuts):
     assert same(emas(optimizer), averages)
 
 
+def test_parameters_that_came_to_share_memory_in_training_are_restored():
+    params, optimizer = trained()
+    step(optimizer)
+    with optimizer.swap_ema_weights():
+        pass
+    params[1].data = params[0].data
+    weights = copies(params)
+    with optimizer.swap_ema_weights():
+        pass
+    assert same(copies(params), weights)
+
+
 def test_neighbours_in_one_storage_are_exchanged_in_place():
     memory = torch.randn(10)
     params = [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[5:])]

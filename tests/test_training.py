@@ -39,6 +39,9 @@ def run_scheduled(optimizer, scheduler, steps):
     return series
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The epoch parameter"
+)  # torch 2.6's SequentialLR warns of itself
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler_gives_the_series_of_the_bare_optimizer_also_after_a_load(name):
     results = []
