@@ -1,0 +1,158 @@
+"""The shape of the package: names, imports, and that README and examples run."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ema_optim
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torchao", "transformers", "lightning", "accelerate", "sklearn", "matplotlib")
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in ema_optim.__all__:
+        assert getattr(ema_optim, name).__doc__
+    assert sorted(ema_optim.__all__) == ema_optim.__all__
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def heavy_after(statement):
+    code = f"import sys; {statement}; print([n for n in {HEAVY} if n in sys.modules])"
+    return run(code).stdout.strip()
+
+
+def test_import_needs_torch_and_nothing_heavier():
+    assert heavy_after("import ema_optim") == "[]"
+
+
+def test_the_import_check_can_fail():
+    assert heavy_after("import sklearn") == "['sklearn']"
+
+
+def test_schedules_import_only_mathematics():
+    tree = ast.parse((ROOT / "ema_optim" / "schedules.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {getattr(node, "module", None) or node.names[0].name for node in imports}
+    assert names <= {"math", "collections.abc", "functools"}
+
+
+ORDER = [
+    ["schedules", "_warnings", "_memory"],
+    ["_update", "_config", "_slots"],
+    ["_shadow"],
+    ["_swap", "_checkpoint", "_names", "_report"],
+    ["_forwarding", "_state", "_strip", "_buffers"],
+    ["optimizer", "model"],
+    ["__init__"],
+]
+
+
+@pytest.mark.parametrize("level", range(len(ORDER)))
+def test_imports_run_one_way(level):
+    below = {name for names in ORDER[:level] for name in names}
+    for module in ORDER[level]:
+        tree = ast.parse((ROOT / "ema_optim" / f"{module}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                assert set(names) <= below, (module, names)
+
+
+def test_every_module_has_its_place_in_the_order():
+    modules = {path.stem for path in (ROOT / "ema_optim").glob("*.py")}
+    assert modules == {name for names in ORDER for name in names}
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+        self.extra = torch.nn.BatchNorm1d(4)
+
+    def forward(self, batch):
+        return self.head(self.extra(self.body(batch)))
+
+
+def readme_names():
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    def train_step(model, batch):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss(model, batch).backward()
+        optimizer.step()
+
+    return {
+        "model": Model(),
+        "loader": [torch.randn(8, 4) for _ in range(3)],
+        "loss": loss,
+        "train_step": train_step,
+        "evaluate": lambda model: model(torch.randn(8, 4)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:the EMA still holds")  # three batches are a short run
+def test_readme_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = readme_names()
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 8
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = re.findall(r"^python3 -m venv .*$", README, flags=re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+OUTPUTS = ["quickstart_constant", "quickstart_cosine", "batchnorm"]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_figures_of_the_readme_are_in_the_raw_output(name):
+    output = (ROOT / "examples" / "output" / f"{name}.txt").read_text()
+    gains = [gain for gain in re.findall(r"\+(\d\.\d\d ± \d\.\d\d)", output) if gain[:4] != "0.00"]
+    readme = README.replace("\n", " ")
+    assert gains
+    assert all(gain in readme for gain in gains)
+
+
+def test_readme_links_exist():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def example(tmp_path, name, *arguments):
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_quickstart_prints_its_table_and_draws_its_picture(tmp_path, schedule):
+    picture = tmp_path / "picture.png"
+    options = ["--seeds", "2", "--steps", "60", "--output", str(picture), "--schedule", schedule]
+    printed = example(tmp_path, "quickstart.py", *options)
+    assert "EMA weights" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_resume_example_is_bit_equal(tmp_path):
+    assert "equal" in example(tmp_path, "resume.py", "--steps", "60")
+
+
+def test_batchnorm_example_runs(tmp_path):
+    assert "EMA" in example(tmp_path, "batchnorm.py", "--seeds", "2", "--steps", "60")
