@@ -20,7 +20,6 @@ from torch import Tensor
 from ._config import check_group_decay, check_tensor
 from ._shadow import ShadowSet, no_autograd
 from ._slots import Group, Slot
-from .schedules import initial_share
 
 StateDict = dict[str, Any]
 
@@ -66,14 +65,22 @@ def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
     return entries
 
 
-def merge(packed: StateDict, groups: Sequence[Group], shadow: ShadowSet) -> StateDict:
-    """The inner optimizer's state dict with the EMA in it."""
+def merge(
+    packed: StateDict, groups: Sequence[Group], shadow: ShadowSet, may_be_swapped: bool = True
+) -> StateDict:
+    """The inner optimizer's state dict with the EMA in it.
+
+    Without ``may_be_swapped`` no checkpoint is ever written while swapped, so that none needs room
+    for the training weights.
+    """
     shadow.look_at_memory()
     state = dict(packed["state"])
     for _, param, key in _pairs(groups, packed["param_groups"]):
         if param in shadow.slots:
             entries = slot_entries(shadow, param)
-            if "ema_weights" in entries and param not in shadow.swapped:
+            if not may_be_swapped:
+                entries.pop("ema_weights", None)
+            elif "ema_weights" in entries and param not in shadow.swapped:
                 # A copy: a distributed load writes into the tensors of a state dict, and these
                 # must not be the model's own.
                 entries["ema_weights"] = entries["ema_weights"].clone()
@@ -166,12 +173,9 @@ class _Entry:
         self.param, self.saved, self.decay, self.label = param, saved, decay, label
 
     def slot(self, shadow: ShadowSet, step: int, swapped: bool) -> Slot:
-        updates = max(0, self.count - min(step, shadow.update_after_step))
-        made = updates // shadow.update_every * shadow.update_every
-        decay = shadow.decay if self.decay is None else self.decay
+        updates, share = shadow.counter_at(self.count, step, self.decay)
         with no_autograd():
-            ema = shadow.place(self.param, self.saved["ema"])
-            slot = Slot(ema, updates, initial_share(decay, made))
+            slot = Slot(shadow.place(self.param, self.saved["ema"]), updates, share)
             if swapped and updates:
                 slot.parked = self._parked(shadow, slot)
         return slot

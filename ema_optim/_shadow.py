@@ -19,7 +19,7 @@ from ._config import check_count, check_dtype, check_group_decay, ema_dtype
 from ._memory import shared_memory
 from ._slots import Bucket, Cache, Group, Slot, group_options, place_of, trainable_flag
 from ._update import copy_, ema_update_
-from .schedules import Decay, check_decay, decay_factor
+from .schedules import Decay, check_decay, decay_factor, initial_share
 
 
 @contextmanager
@@ -57,13 +57,14 @@ class ShadowSet:
         self.warned: set[str] = set()
         self._cache: Cache | None = None
         self._shared: set[Tensor] | None = None  # parameters that share memory
+        self._share: tuple[Any, float] | None = None
         self._settled_at = 0
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
         # A copy made inside a swap block has no block to leave; train() puts its weights back.
         mode = "eval" if self.mode == "block" else self.mode
-        return {**self.__dict__, "_cache": None, "_shared": None, "mode": mode}
+        return {**self.__dict__, "_cache": None, "_shared": None, "_share": None, "mode": mode}
 
     def begin_step(
         self, groups: Sequence[Group], reseed: bool = True
@@ -124,6 +125,20 @@ class ShadowSet:
         """The counter of one slot in optimizer steps, as checkpoints hold it."""
         self.settle()
         return min(self.step, self.update_after_step) + slot.updates
+
+    def counter_at(self, ema_step: int, step: int, decay: float | None) -> tuple[int, float]:
+        """Updates and share that a checkpoint's counter stands for when the clock shows ``step``.
+
+        ``decay`` is the group's own, if it has one.
+        """
+        updates = max(0, ema_step - min(step, self.update_after_step))
+        made = updates // self.update_every * self.update_every
+        source = self.decay if decay is None else decay
+        key = (id(source) if callable(source) else source, made)
+        # Remembered: a slowly forgetting schedule is multiplied out, once and not per parameter.
+        if self._share is None or self._share[0] != key:
+            self._share = key, initial_share(source, made)
+        return updates, self._share[1]
 
     def parks(self, param: Tensor, slot: Slot) -> bool:
         """Whether a swap parks the weights, because an exchange would round or mix values."""

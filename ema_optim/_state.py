@@ -110,13 +110,16 @@ class StateView(MutableMapping[Any, Any]):
 
 def replace_state(view: StateView, value: Mapping[Any, Any]) -> None:
     """Make ``value`` the whole state, as an assignment to ``optimizer.state`` does."""
-    if isinstance(value, StateView):
-        return  # the live mapping itself
+    entries = {key: _snapshot(value[key]) for key in value}  # value may be this view itself
     for key in view:
-        if key not in value:
+        if key not in entries:
             del view[key]
-    for key in value:
-        view[key] = value[key]
+    for key, entry in entries.items():
+        view[key] = entry
+
+
+def _snapshot(entry: Any) -> Any:
+    return dict(entry) if isinstance(entry, Mapping) else entry
 
 
 def _drop(shadow: ShadowSet, param: Any) -> None:
@@ -135,6 +138,8 @@ def _write(shadow: ShadowSet, param: Tensor, key: str, value: Any) -> None:
         if key == "ema":
             slot.ema = shadow.place(param, value)
         elif key == "ema_step":
-            slot.updates = max(0, int(value) - min(shadow.step, shadow.update_after_step))
+            if int(value) != shadow.ema_step(slot):
+                shadow.step = max(shadow.step, int(value))  # no parameter is ahead of the clock
+                slot.updates, slot.share = shadow.counter_at(int(value), shadow.step, None)
         elif slot.parked is not None:
             slot.parked = torch.empty_like(param, requires_grad=False).copy_(value)

@@ -82,6 +82,9 @@ class EMAModel:
     def reset(self) -> None:
         """Begin anew from the model's weights, for weights loaded after construction.
 
+        Parameters that were replaced by new ones (``load_state_dict(assign=True)``, a new module)
+        begin anew by themselves, at the next ``update()``.
+
         Raises:
             RuntimeError: Inside ``use_ema()``.
         """
@@ -115,15 +118,16 @@ class EMAModel:
         """
         self._refuse_in_block("use_ema()")
         _report.check_read(self._ema, self._groups(), "swap")
-        _swap.swap_in(self._ema)
         self._ema.mode = "block"
         try:
+            _swap.swap_in(self._ema)
             held = HeldBuffers(self.model)
             try:
                 yield
             finally:
                 held.put_back()
         finally:
+            self._ema.mode = "eval"
             _swap.leave_block(self._ema)
 
     def apply_ema(self) -> None:
@@ -158,7 +162,8 @@ class EMAModel:
         self._refuse_in_block("state_dict()")
         groups = self._groups()
         packed = [{"params": list(group["param_names"])} for group in groups]
-        return _checkpoint.merge({"state": {}, "param_groups": packed}, groups, self._ema)
+        empty = {"state": {}, "param_groups": packed}
+        return _checkpoint.merge(empty, groups, self._ema, may_be_swapped=False)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict()`` returned, bit for bit; before or after the model's own.
@@ -193,6 +198,8 @@ class EMAModel:
     def _refuse_in_block(self, what: str) -> None:
         if self._ema.mode == "block":
             raise RuntimeError(f"{what} inside use_ema(): leave the block first")
+        if self._ema.mode == "eval":  # an interrupt kept use_ema() from putting them back
+            _swap.leave_block(self._ema)
 
 
 def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:

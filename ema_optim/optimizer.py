@@ -137,12 +137,14 @@ class EMAOptimizer(ForwardingOptimizer):
         self._resolve_pending()
         self._refuse_in("block", "nested swap_ema_weights(): leave the outer block first")
         self._refuse_in("eval", "swap_ema_weights() after eval(): call optimizer.train() first")
-        self._swap_in()
+        # The mode first, on both sides: an interrupt may come between any two calls.
         self._ema.mode = "block"
         try:
+            self._swap_in()
             yield
         finally:
             if self._ema.mode == "block":  # else a load inside the block has replaced the EMA
+                self._ema.mode = "eval"
                 self._swap_out()
 
     def eval(self) -> None:
@@ -152,12 +154,12 @@ class EMAOptimizer(ForwardingOptimizer):
             return
         # The inner optimizer first: schedule-free moves the weights it finds.
         _call(self.inner, "eval")
+        self._ema.mode = "eval"
         try:
             self._swap_in()
         except BaseException:
-            _call(self.inner, "train")
+            self.train()
             raise
-        self._ema.mode = "eval"
 
     def train(self) -> None:
         """Put the training weights back; a no-op when they are in.

@@ -315,6 +315,20 @@ def test_buffers_that_a_forward_replaces_are_averaged():
     assert torch.equal(averages(ema)["mean"], expected)
 
 
+def test_a_buffer_replaced_inside_use_ema_does_not_take_the_average_along():
+    model = Counter()
+    ema = EMAModel(model, 0.1, use_buffers=True)
+    for _ in range(3):
+        model(torch.ones(2))
+        ema.update()
+    before = everything(model, ema)
+    with ema.use_ema():
+        model(torch.ones(2))
+        ema.ema_metrics()
+        ema.get_ema_state()
+    assert same(everything(model, ema), before)
+
+
 def test_a_buffer_replaced_by_one_of_another_shape_is_averaged_anew():
     model = Counter()
     ema = EMAModel(model, 0.5, use_buffers=True)
@@ -735,3 +749,11 @@ def test_a_checkpoint_with_other_buffers_is_refused(use_buffers):
     with pytest.raises(ValueError, match=r"norm\.running_mean"):
         other.load_state_dict(ema.state_dict())
     assert same(everything(model, other), before)
+
+
+def test_a_checkpoint_of_narrow_weights_holds_the_averages_alone():
+    _, ema = trained(dtype=torch.bfloat16)
+    assert {key for entry in ema.state_dict()["state"].values() for key in entry} == {
+        "ema",
+        "ema_step",
+    }

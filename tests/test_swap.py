@@ -8,7 +8,7 @@ from reference import same
 from torch.optim import SGD
 from torch.profiler import ProfilerActivity, profile
 
-from ema_optim import EMAOptimizer
+from ema_optim import EMAOptimizer, _swap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 MIB = 2**20
@@ -128,6 +128,28 @@ def test_interrupt_anywhere_in_the_exchange_restores(monkeypatch, dtype, after, 
     assert not optimizer.swapped
     assert same(copies(params), weights)
     assert same(emas(optimizer), averages)
+    step(optimizer)
+
+
+@pytest.mark.parametrize("name", ["swap_in", "swap_out", "leave_block"])
+@pytest.mark.parametrize("after", [False, True])
+def test_interrupt_between_two_calls_never_lets_a_step_run_on_ema_weights(monkeypatch, name, after):
+    params, optimizer = trained()
+    weights, real, calls = copies(params), getattr(_swap, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if after or len(calls) > 1:
+            real(*args)
+        if len(calls) == 1:
+            raise Interrupt
+
+    monkeypatch.setattr(_swap, name, interrupted)
+    with pytest.raises(Interrupt), optimizer.swap_ema_weights():
+        pass
+    monkeypatch.undo()
+    optimizer.train()
+    assert same(copies(params), weights)
     step(optimizer)
 
 
