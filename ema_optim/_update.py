@@ -54,8 +54,9 @@ def _lerp_through_scratch_(emas: list[Tensor], params: list[Tensor], weight: flo
 class Exchange:
     """Exchange two lists of tensors in place through a scratch buffer, or take that back.
 
-    ``undo()`` is right after an exception or a signal at any moment of ``run()``: what was done is kept as one tuple (batches done, phase of the next), so that no
-    interrupt can fall between the two halves of a note.
+    ``undo()`` is right after an exception or a signal at any moment of ``run()``: what was done is
+    kept as one tuple (batches done, phase of the next), so that no interrupt can fall between the
+    two halves of a note.
 
     Args:
         lefts: Tensors, one side; a pair has one shape, dtype and device.
