@@ -1,5 +1,7 @@
 """Keep an exponential moving average (EMA) of the weights inside the optimizer."""
 
+from typing import Any
+
 from ._strip import strip_ema_state_dict
 from .model import EMAModel
 from .optimizer import EMAOptimizer
@@ -37,3 +39,12 @@ __all__ = [
     "strip_ema_state_dict",
     "warmup_decay",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: importing it imports transformers.
+    if name == "EMACallback":
+        from .integrations.transformers import EMACallback
+
+        return EMACallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ._slots import Group
 from .schedules import check_decay
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -52,11 +53,20 @@ def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def check_options(group: Group) -> None:
+    """Raise TypeError or ValueError for a param group's own EMA options."""
+    if group.get("ema_decay") is not None:
+        check_group_decay(group["ema_decay"])
+    if not isinstance(group.get("ema_enabled", True), bool):
+        raise TypeError(f"ema_enabled must be True or False, got {group['ema_enabled']!r}")
+
+
 def check_tensor(what: str, value: object, param: Tensor) -> None:
     """Raise TypeError or ValueError for a value that cannot be the EMA of ``param``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{what} must be a tensor, got {value!r}")
-    if value.shape != param.shape or value.is_complex() != param.is_complex():
+    floats = value.is_floating_point() or value.is_complex()
+    if not floats or value.shape != param.shape or value.is_complex() != param.is_complex():
         raise ValueError(
             f"{what} must have shape {tuple(param.shape)} and fit {param.dtype}, got "
             f"{tuple(value.shape)} and {value.dtype}: it is damaged or another model's"

@@ -1,5 +1,6 @@
 """An optimizer that stands in front of another one: torch's surface and hooks, no arithmetic."""
 
+import copy
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ._config import check_group_decay
+from ._config import check_options
 from ._slots import Group
 
 _HOOKS = (
@@ -104,7 +105,8 @@ class ForwardingOptimizer(Optimizer):
             RuntimeError: The EMA weights are in the parameters (inside ``swap_ema_weights()``,
                 after ``eval()``, or after loading a checkpoint written while swapped).
         """
-        args: tuple[Any, ...] = () if closure is None else (closure,)
+        # With the optimizer in front, as torch hands the arguments to hooks.
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
             if (changed := pre_hook(self, args, kwargs)) is not None:
@@ -113,7 +115,7 @@ class ForwardingOptimizer(Optimizer):
                         f"a step pre-hook must return None or (args, kwargs), got {changed!r}"
                     )
                 args, kwargs = changed
-        result = self._step(*args, **kwargs)
+        result = self._step(*args[1:], **kwargs)
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, args, kwargs)
         return result
@@ -205,14 +207,6 @@ def check_inner(optimizer: Optimizer) -> None:
         check_options(group)
 
 
-def check_options(group: Group) -> None:
-    """Raise TypeError or ValueError for a param group's own EMA options."""
-    if group.get("ema_decay") is not None:
-        check_group_decay(group["ema_decay"])
-    if not isinstance(group.get("ema_enabled", True), bool):
-        raise TypeError(f"ema_enabled must be True or False, got {group['ema_enabled']!r}")
-
-
 def check_new_group(group: Group) -> None:
     """Raise TypeError or ValueError for a param group that cannot be added."""
     if not isinstance(group, dict) or "params" not in group:
@@ -230,12 +224,19 @@ def ema_class(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
     def __init__(self: Any, params: Any, **kwargs: Any) -> None:
         base.__init__(self, optimizer_class(params, **kwargs), **options)
 
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        cls: Any = type(self)
+        made = memo[id(self)] = cls.__new__(cls)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     def __reduce_ex__(self: Any, protocol: int) -> tuple[Any, ...]:
         # The class is made at run time: pickle finds it by its ingredients, not by a name.
         return _blank, (base, optimizer_class, options), self.__getstate__()
 
     name = f"EMA{getattr(optimizer_class, '__name__', 'Optimizer')}"
-    body = {"__init__": __init__, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__}
+    methods = {f.__name__: f for f in (__init__, __deepcopy__, __reduce_ex__)}
+    body = {**methods, "__module__": base.__module__}
     return type(name, (base,), {**body, "__doc__": base.__doc__})
 
 

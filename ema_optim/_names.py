@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ._config import check_tensor
@@ -64,6 +65,8 @@ def load_ema_state(
     slots = {}
     for name, param in targets.items():
         check_tensor(f"the EMA of {name}", found[name], param)
+    _check_tied({name: found[name] for name in targets}, named)
+    for name, param in targets.items():
         slots[param] = _loaded_slot(shadow, param, found[name])
     shadow.forget_cache()
     shadow.slots.update(slots)
@@ -93,6 +96,16 @@ def _check_names(
             f"the names must be those of the optimizer's parameters in the model; missing: "
             f"{missing}, unknown: {unknown}. Pass strict=False to load the others"
         )
+
+
+def _check_tied(found: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+    first: dict[Tensor, str] = {}
+    for name in found:
+        other = first.setdefault(named[name], name)
+        if not torch.equal(found[name], found[other]):
+            raise ValueError(
+                f"{name} and {other} are tied and must have one EMA, got two different ones"
+            )
 
 
 def _known(name: str, named: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ._shadow import ShadowSet, no_autograd
-from ._slots import Group
+from ._slots import Group, Slot
 from ._update import non_finite, relative_distance
 from ._warnings import warn
 
@@ -25,7 +25,7 @@ def metrics(shadow: ShadowSet, groups: Sequence[Group]) -> dict[str, float]:
         "ema_decay": decay,
         "ema_updates": float(updates_made(shadow)),
         "ema_window": math.inf if decay == 1.0 else 1.0 / (1.0 - decay),
-        "ema_initial_share": max((s.share for s in shadow.counted().values()), default=1.0),
+        "ema_initial_share": max((s.share for s in shadow.counted(groups).values()), default=1.0),
         "ema_distance": distance,
     }
 
@@ -43,8 +43,11 @@ def check_read(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
         groups: The param groups.
         kind: "swap" or "export"; the share of the initial weights is warned of once for each.
     """
-    counted = shadow.counted()
-    _warn_initial_share(shadow, groups, kind, max((s.share for s in counted.values()), default=0.0))
+    counted = shadow.counted(groups)
+    worst = max(counted.values(), key=lambda slot: slot.share, default=None)
+    if worst is not None and worst.share > _SHARE_LIMIT and kind not in shadow.warned:
+        shadow.warned.add(kind)
+        _warn_initial_share(shadow, groups, worst)
     with no_autograd():
         bad = non_finite([shadow.ema_of(param) for param in counted])
     if bad:
@@ -55,14 +58,10 @@ def check_read(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
         )
 
 
-def _warn_initial_share(
-    shadow: ShadowSet, groups: Sequence[Group], kind: str, share: float
-) -> None:
-    if share <= _SHARE_LIMIT or kind in shadow.warned:
-        return
-    shadow.warned.add(kind)
+def _warn_initial_share(shadow: ShadowSet, groups: Sequence[Group], worst: Slot) -> None:
+    made = worst.updates // shadow.update_every
     warn(
-        f"the EMA still holds {share:.0%} of the initial weights: decay "
-        f"{shadow.decay_in_force(groups):.6g} after {updates_made(shadow)} updates. Use a smaller "
-        "decay (compute_optimal_decay), a warm-up (warmup_decay) or update_after_step"
+        f"the EMA still holds {worst.share:.0%} of the initial weights: decay "
+        f"{shadow.decay_in_force(groups):.6g} after {made} updates. "
+        "Use a smaller decay (compute_optimal_decay), a warm-up (warmup_decay) or update_after_step"
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._config import check_count, check_dtype, check_group_decay, ema_dtype
 from ._memory import shared_memory
-from ._slots import Bucket, Cache, Group, Slot, group_options, place_of, trainable_flag
+from ._slots import Bucket, Cache, Group, Slot, group_options, place_of
 from ._update import copy_, ema_update_
 from .schedules import Decay, check_decay, decay_factor, initial_share
 
@@ -41,19 +41,30 @@ class ShadowSet:
         update_after_step: Optimizer steps until averaging begins.
         dtype: How an EMA tensor is stored; None is fp32 for every narrower float, else the
             parameter's own dtype.
+        reseeds: Whether the first average begins at the weights of the moment before it, or (where
+            the steps are not seen) at those of the birth.
     """
 
     def __init__(
-        self, decay: Decay, update_every: int, update_after_step: int, dtype: torch.dtype | None
+        self,
+        decay: Decay,
+        update_every: int,
+        update_after_step: int,
+        dtype: torch.dtype | None,
+        reseeds: bool = True,
     ) -> None:
         self.decay = check_decay(decay)
         self.update_every = check_count("update_every", update_every, least=1)
         self.update_after_step = check_count("update_after_step", update_after_step, least=0)
         self.dtype = check_dtype(dtype)
+        self.reseeds = reseeds
         self.step = 0  # counted optimizer steps
         self.slots: dict[Tensor, Slot] = {}
         self.swapped: dict[Tensor, Slot] = {}  # whose EMA weights are in the parameter now
         self.mode = "train"  # "train", "block", "eval" or "pending"
+        self.eval_swaps = (
+            True  # False: eval() leaves the weights that are in, as a trainer may want
+        )
         self.warned: set[str] = set()
         self._cache: Cache | None = None
         self._shared: set[Tensor] | None = None  # parameters that share memory
@@ -66,13 +77,11 @@ class ShadowSet:
         mode = "eval" if self.mode == "block" else self.mode
         return {**self.__dict__, "_cache": None, "_shared": None, "_share": None, "mode": mode}
 
-    def begin_step(
-        self, groups: Sequence[Group], reseed: bool = True
-    ) -> list[tuple[Bucket, float]] | None:
+    def begin_step(self, groups: Sequence[Group]) -> list[tuple[Bucket, float]] | None:
         """Prepare one step, before the weights move.
 
-        Gives birth to missing slots, seeds placeholders from the weights (unless ``reseed`` is
-        off) and settles the factors, so that a bad decay raises before anything has moved.
+        Gives birth to missing slots, seeds placeholders from the weights and settles the factors,
+        so that a bad decay raises before anything has moved.
 
         Returns:
             The updates that ``finish_step`` is to make, or None for a step that does not count: a
@@ -80,7 +89,7 @@ class ShadowSet:
             checkpoints, made before the weights are loaded.
         """
         buckets = self._fresh_buckets(groups)
-        if reseed and self.step >= self.update_after_step:
+        if self.reseeds and self.step >= self.update_after_step:
             for bucket in buckets:
                 if bucket.updates(self.step) == 0:
                     with no_autograd():
@@ -116,10 +125,11 @@ class ShadowSet:
         self.settle()
         self._cache = self._shared = None
 
-    def counted(self) -> dict[Tensor, Slot]:
+    def counted(self, groups: Sequence[Group]) -> dict[Tensor, Slot]:
         """The slots that hold an average, by parameter; placeholders are left out."""
         self.settle()
-        return {param: slot for param, slot in self.slots.items() if slot.updates}
+        slots = {param: self.slots.get(param) for param in self.members(groups)}
+        return {param: slot for param, slot in slots.items() if slot is not None and slot.updates}
 
     def ema_step(self, slot: Slot) -> int:
         """The counter of one slot in optimizer steps, as checkpoints hold it."""
@@ -188,10 +198,15 @@ class ShadowSet:
         self.forget_cache()
         self.slots[new] = self.slots.pop(old)
 
-    def renew(self, param: Tensor) -> None:
-        """Give a placeholder a new tensor that holds the weights of now."""
-        self.slots[param].ema = self.birth(param).ema
-        self._cache = None  # a placeholder has no counters to settle
+    def renew_placeholder(self, param: Tensor) -> None:
+        """Have a placeholder hold the weights of now, as it does whenever it is looked at.
+
+        In a new tensor: the old one may be the template that a distributed load has written into.
+        """
+        waits = self.reseeds or self.step < self.update_after_step
+        if waits and not self.slots[param].updates:
+            self.slots[param].ema = self.birth(param).ema
+            self._cache = None  # a placeholder has no counters to settle
 
     def place(self, param: Tensor, value: Tensor) -> Tensor:
         """A copy of ``value`` as the EMA of ``param`` is stored: dtype, device and strides."""
@@ -220,8 +235,14 @@ class ShadowSet:
         members = self.members(groups)
         self.slots = {param: self._slot_at(param) for param in members}
         params = [param for group in groups for param in group["params"]]
-        trainable = list(map(trainable_flag, params))
-        self._cache = Cache(params, trainable, options, self._make_buckets(groups))
+        self._cache = Cache(
+            params,
+            [param.requires_grad for param in params],
+            [param.dtype for param in params],
+            params[0].device if params else None,
+            options,
+            self._make_buckets(groups),
+        )
         self._settled_at = self.step
         return self._cache.buckets
 
@@ -245,10 +266,9 @@ class ShadowSet:
                     continue
                 seen.add(param)
                 start = max(self.step, self.update_after_step) - slot.updates
-                place = place_of(param)
-                key = (place, place_of(slot.ema), decay, start, slot.share)
+                key = (place_of(param), place_of(slot.ema), decay, start, slot.share)
                 source = self.decay if decay is None else decay
-                bucket = buckets.setdefault(key, Bucket(source, start, slot.share, place))
+                bucket = buckets.setdefault(key, Bucket(source, start, slot.share))
                 bucket.params.append(param)
                 bucket.emas.append(slot.ema)
                 bucket.slots.append(slot)

@@ -12,7 +12,6 @@ from .schedules import Decay
 
 Group = dict[str, Any]
 
-trainable_flag = attrgetter("requires_grad")
 place_of = attrgetter("dtype", "device")
 
 
@@ -42,19 +41,12 @@ class Bucket:
     decay: Decay
     start: int
     share: float
-    place: tuple[torch.dtype, torch.device]
     params: list[Tensor] = field(default_factory=list)
     emas: list[Tensor] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
 
     def updates(self, step: int) -> int:
         return max(0, step - self.start)
-
-    def fits(self) -> bool:
-        # Two samples tell of a model that was moved or cast; a sweep over the dtypes of all would
-        # cost a tenth of the update of many small tensors.
-        ends = self.params[0], self.params[-1]
-        return all(place_of(param) == self.place for param in ends)
 
 
 @dataclass(eq=False, slots=True)
@@ -63,6 +55,8 @@ class Cache:
 
     params: list[Tensor]
     trainable: list[bool]
+    dtypes: list[torch.dtype]
+    device: torch.device | None
     options: list[tuple[int, Any, Any]]
     buckets: list[Bucket]
 
@@ -72,9 +66,11 @@ class Cache:
             len(params) == len(self.params)
             # Identity: comparing lists of tensors with == would compare their values.
             and all(map(is_, params, self.params))
-            and list(map(trainable_flag, params)) == self.trainable
+            and [param.requires_grad for param in params] == self.trainable
+            and [param.dtype for param in params] == self.dtypes
             and group_options(groups) == self.options
-            and all(bucket.fits() for bucket in self.buckets)
+            # One sample tells of a model that was moved.
+            and (not params or params[0].device == self.device)
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ._carry import uncarry
 from ._checkpoint import GROUP_MARKS, GROUP_OPTIONS, STATE_KEYS, split
 
 _FLAT = ("state.", "param_groups.")
@@ -28,7 +29,7 @@ def strip_ema_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "state" in state_dict and "param_groups" in state_dict:
         _refuse_swapped(any(group.get("ema_swapped") for group in state_dict["param_groups"]))
-        inner, _ = split(state_dict)
+        inner, _ = split(uncarry(state_dict))
         groups = [
             {k: v for k, v in group.items() if k not in GROUP_OPTIONS}
             for group in inner["param_groups"]

@@ -9,7 +9,7 @@ that a swap between forward and backward raises in backward. Written through ``.
 give wrong gradients without a word.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from .schedules import decay_factor
 Slots = dict[Tensor, Slot]
 
 
-def swap_in(shadow: ShadowSet) -> None:
+def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     """Put the EMA weights into the parameters. An error on the way changes nothing."""
-    counted = shadow.counted()
+    counted = shadow.counted(groups)
     shadow.look_at_memory()
     parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
     with no_autograd():
@@ -72,11 +72,11 @@ def leave_block(shadow: ShadowSet) -> None:
     shadow.mode = "train"
 
 
-def apply(shadow: ShadowSet) -> None:
+def apply(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     """Make the EMA weights the training weights, one way, inside a swap or outside."""
     with no_autograd():
         if not shadow.swapped:
-            counted = shadow.counted()
+            counted = shadow.counted(groups)
             copy_(_weights(counted), [slot.ema for slot in counted.values()])
             return
         exchanged = {p: s for p, s in shadow.swapped.items() if s.parked is None}
@@ -86,7 +86,7 @@ def apply(shadow: ShadowSet) -> None:
         slot.parked = None
 
 
-def resolve_pending(shadow: ShadowSet, groups: Iterable[Group]) -> None:
+def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     """Finish the load of a checkpoint that was written while swapped.
 
     Raises:
@@ -95,8 +95,8 @@ def resolve_pending(shadow: ShadowSet, groups: Iterable[Group]) -> None:
     """
     if shadow.mode != "pending":
         return
-    exchanged = {p: s for p, s in shadow.swapped.items() if s.parked is None}
-    if exchanged and _all_equal(exchanged) and not _forgets_all(shadow, groups):
+    exchanged = [slot for slot in shadow.swapped.values() if slot.parked is None]
+    if exchanged and _all_equal(shadow.swapped) and not _forgets_all(shadow, groups):
         raise RuntimeError(
             "the optimizer's checkpoint was written while the EMA weights were swapped in, the "
             "model's was not: the EMA is in neither. Load the model's state dict of the same "
@@ -121,11 +121,12 @@ def _unpark(parking: Slots) -> None:
             slot.parked = None
 
 
-def _all_equal(exchanged: Slots) -> bool:
-    return all(torch.equal(param.detach(), slot.ema) for param, slot in exchanged.items())
+def _all_equal(swapped: Slots) -> bool:
+    kept = ((p, s.ema if s.parked is None else s.parked) for p, s in swapped.items())
+    return all(torch.equal(param.detach(), weights) for param, weights in kept)
 
 
-def _forgets_all(shadow: ShadowSet, groups: Iterable[Group]) -> bool:
+def _forgets_all(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
     # With a decay of 0 in force (also the first update of a debiased schedule) the EMA equals the
     # weights rightly.
     own = [group.get("ema_decay") for group in groups if group.get("ema_enabled", True)]

@@ -65,14 +65,21 @@ class Exchange:
 
     def __init__(self, lefts: list[Tensor], rights: list[Tensor]) -> None:
         self._batches = list(_batches(zip(lefts, rights, strict=True)))
-        self._scratch = {_place(t): _scratch_for(t) for t in lefts}
+        # One buffer for each device, of bytes: a model may mix dtypes.
+        widths: dict[torch.device, int] = {}
+        for tensor in lefts:
+            widths[tensor.device] = max(tensor.element_size(), widths.get(tensor.device, 0))
+        self._scratch = {
+            device: torch.empty(CHUNK * width, dtype=torch.uint8, device=device)
+            for device, width in widths.items()
+        }
         self._progress = (0, 0)
 
     def run(self) -> None:
         """Do the exchange."""
         for done, batch in enumerate(self._batches):
             lefts, rights = _columns(batch)
-            held = _carve(self._scratch[_place(lefts[0])], lefts)
+            held = self._held(lefts)
             torch._foreach_copy_(held, lefts)
             self._progress = (done, 1)
             torch._foreach_copy_(lefts, rights)
@@ -87,11 +94,14 @@ class Exchange:
             lefts, rights = _columns(self._batches[done])
             if phase == 2:
                 torch._foreach_copy_(rights, lefts)
-            held = _carve(self._scratch[_place(lefts[0])], lefts)
+            held = self._held(lefts)
             torch._foreach_copy_(lefts, held)
         self._batches = self._batches[:done]
         self.run()
         self._batches, self._progress = [], (0, 0)
+
+    def _held(self, lefts: list[Tensor]) -> list[Tensor]:
+        return _carve(self._scratch[lefts[0].device].view(lefts[0].dtype), lefts)
 
 
 def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:

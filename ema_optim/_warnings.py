@@ -3,11 +3,11 @@
 import sys
 import warnings
 
-_OURS = ("ema_optim", "contextlib", "torch")
+_OURS = ("ema_optim", "contextlib", "torch", "accelerate", "transformers", "lightning")
 
 
 def warn(message: str) -> None:
-    """Issue a ``UserWarning`` at the innermost frame outside this package, contextlib and torch."""
+    """Issue a ``UserWarning`` at the innermost frame that is the user's, not a library's."""
     level = 1
     while _is_ours(level):
         level += 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checkpoint, _names, _report, _swap
+from . import _checkpoint, _names, _report, _restore, _swap
 from ._buffers import AveragedBuffers, HeldBuffers
 from ._shadow import ShadowSet, no_autograd
 from ._slots import Group
@@ -70,7 +70,7 @@ class EMAModel:
             raise ValueError("model must have a parameter that requires a gradient, got none")
         self.model = model
         self.use_buffers = use_buffers
-        self._ema = ShadowSet(decay, update_every, update_after_step, dtype)
+        self._ema = ShadowSet(decay, update_every, update_after_step, dtype, reseeds=False)
         self._buffers = AveragedBuffers()
         self.reset()
 
@@ -91,7 +91,7 @@ class EMAModel:
         self._refuse_in_block("reset()")
         groups = self._groups()
         slots = {param: self._ema.birth(param) for param in self._ema.members(groups)}
-        _checkpoint.Loaded(slots, step=0, swapped=False).install(self._ema)
+        _restore.Loaded(slots).install(self._ema)
 
     def update(self) -> None:
         """Average once; call it after every optimizer step.
@@ -100,7 +100,7 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("update()")
-        plan = self._ema.begin_step(self._groups(), reseed=False)
+        plan = self._ema.begin_step(self._groups())
         self._ema.finish_step(plan)
         if self._ema.step == self._ema.update_after_step:  # here averaging begins
             slots = self._ema.slots
@@ -117,10 +117,11 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("use_ema()")
-        _report.check_read(self._ema, self._groups(), "swap")
-        self._ema.mode = "block"
+        groups = self._groups()
+        _report.check_read(self._ema, groups, "swap")
         try:
-            _swap.swap_in(self._ema)
+            self._ema.mode = "block"
+            _swap.swap_in(self._ema, groups)
             held = HeldBuffers(self.model)
             try:
                 yield
@@ -135,8 +136,9 @@ class EMAModel:
 
         Inside ``use_ema()`` nothing is swapped back then.
         """
-        _report.check_read(self._ema, self._groups(), "export")
-        _swap.apply(self._ema)
+        groups = self._groups()
+        _report.check_read(self._ema, groups, "export")
+        _swap.apply(self._ema, groups)
 
     def get_ema_state(self) -> dict[str, Tensor]:
         """The EMA weights by name, without touching the model; right at any time.
@@ -161,7 +163,7 @@ class EMAModel:
         """
         self._refuse_in_block("state_dict()")
         groups = self._groups()
-        packed = [{"params": list(group["param_names"])} for group in groups]
+        packed = [{"params": g["param_names"], "ema_params": self._averaged(g)} for g in groups]
         empty = {"state": {}, "param_groups": packed}
         return _checkpoint.merge(empty, groups, self._ema, may_be_swapped=False)
 
@@ -183,7 +185,11 @@ class EMAModel:
         named = [{**g, "params": list(g["param_names"])} for g in groups]
         pairs = zip(state_dict["param_groups"], named, strict=True)
         saved = {**state_dict, "param_groups": [{**old, **new} for old, new in pairs]}
-        _checkpoint.read(self._ema, groups, saved).install(self._ema)
+        _restore.read(self._ema, groups, saved).install(self._ema)
+
+    def _averaged(self, group: Group) -> list[str]:
+        pairs = zip(group["params"], group["param_names"], strict=True)
+        return [name for tensor, name in pairs if tensor in self._ema.slots]
 
     def _groups(self) -> list[Group]:
         # Walked at every call: a module that was replaced must not leave the EMA behind on it.
@@ -203,7 +209,7 @@ class EMAModel:
 
 
 def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:
-    _checkpoint.check_form(state_dict)
+    _restore.check_form(state_dict)
     if any(group.get("ema_swapped") for group in state_dict["param_groups"]):
         raise ValueError(
             "the checkpoint must not be written while swapped, got ema_swapped=True: load it into "
@@ -218,3 +224,9 @@ def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:
             f"the checkpoint must have the names of the model alone, got {unknown} too: build the "
             "EMAModel as it was when it was saved (the same model and use_buffers)"
         )
+    for group in state_dict["param_groups"]:
+        for name in group.get("ema_params", ()):
+            if "ema" not in state_dict["state"].get(name, ()):
+                raise ValueError(
+                    f"ema of {name} must be in the checkpoint, got none: the checkpoint is damaged"
+                )

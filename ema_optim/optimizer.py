@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _checkpoint, _names, _report, _swap
+from . import _carry, _checkpoint, _names, _report, _restore, _swap
 from ._forwarding import ForwardingOptimizer, check_inner, check_new_group, ema_class
 from ._shadow import ShadowSet
 from ._slots import Group
@@ -72,6 +72,7 @@ class EMAOptimizer(ForwardingOptimizer):
     ) -> None:
         check_inner(optimizer)
         shadow = ShadowSet(decay, update_every, update_after_step, dtype)
+        _checkpoint.clear_reserved(optimizer)
         super().__init__(optimizer)
         self._ema = shadow
         self._mark_groups()
@@ -98,6 +99,8 @@ class EMAOptimizer(ForwardingOptimizer):
         if not self._was_skipped():
             self._ema.finish_step(plan)
             self._mark_groups()
+        if self._ema.step == 1:  # now the inner optimizer's state shows its keys
+            _checkpoint.clear_reserved(self.inner)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -123,7 +126,7 @@ class EMAOptimizer(ForwardingOptimizer):
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
         Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory:
-        1 MiB where the EMA has the parameter's dtype, else one copy in the parameter's dtype.
+        at most 4 MiB where the EMA has the parameter's dtype, else one copy in that dtype.
 
         Args:
             enabled: False makes the block an ordinary one.
@@ -137,9 +140,9 @@ class EMAOptimizer(ForwardingOptimizer):
         self._resolve_pending()
         self._refuse_in("block", "nested swap_ema_weights(): leave the outer block first")
         self._refuse_in("eval", "swap_ema_weights() after eval(): call optimizer.train() first")
-        # The mode first, on both sides: an interrupt may come between any two calls.
-        self._ema.mode = "block"
         try:
+            # The mode first, on both sides: an interrupt may come between any two calls.
+            self._ema.mode = "block"
             self._swap_in()
             yield
         finally:
@@ -156,7 +159,8 @@ class EMAOptimizer(ForwardingOptimizer):
         _call(self.inner, "eval")
         self._ema.mode = "eval"
         try:
-            self._swap_in()
+            if self._ema.eval_swaps:
+                self._swap_in()
         except BaseException:
             self.train()
             raise
@@ -169,7 +173,7 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         self._resolve_pending()
         self._refuse_in("block", "train() inside swap_ema_weights(): leave the block first")
-        if self._ema.mode == "eval":
+        if self._ema.mode == "eval" or self._ema.swapped:
             self._swap_out()
         _call(self.inner, "train")
 
@@ -180,7 +184,7 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         self._resolve_pending()
         _report.check_read(self._ema, self.param_groups, "export")
-        _swap.apply(self._ema)
+        _swap.apply(self._ema, self.param_groups)
         self._mark_groups()
 
     def get_ema_state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -190,8 +194,9 @@ class EMAOptimizer(ForwardingOptimizer):
         and for safetensors.
 
         Args:
-            model: The model that owns the parameters; wrapped by ``torch.compile`` or a
-                data-parallel class, the names are still the bare model's.
+            model: The model that owns the parameters. Wrapped by ``torch.compile`` or a
+                data-parallel class, in whole or in parts, the names are still the bare model's:
+                load them there.
 
         Returns:
             Fresh copies in the EMA's dtype, one for each unique parameter of this optimizer.
@@ -241,12 +246,13 @@ class EMAOptimizer(ForwardingOptimizer):
         return _checkpoint.merge(self.inner.state_dict(), self.param_groups, self._ema)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        loaded = _checkpoint.read(self._ema, self.param_groups, state_dict)
+        state_dict = _carry.uncarry(state_dict)
+        loaded = _restore.read(self._ema, self.param_groups, state_dict)
         before = self.param_groups
         self._load_inner(_checkpoint.split(state_dict)[0])
         loaded.install(self._ema)
-        _checkpoint.keep_options(self.param_groups, before, self._ema)
-        if _checkpoint.is_without_ema(state_dict) and "cold" not in self._ema.warned:
+        _restore.keep_options(self.param_groups, before, self._ema)
+        if loaded.cold and "cold" not in self._ema.warned:
             self._ema.warned.add("cold")
             warn("the checkpoint holds no EMA: it begins at the weights of the next step")
 
@@ -288,6 +294,8 @@ class EMAOptimizer(ForwardingOptimizer):
     def _check_can_step(self, has_closure: bool) -> None:
         self._refuse_in("block", "step() inside swap_ema_weights(): leave the block first")
         self._refuse_in("eval", "step() after eval(): call optimizer.train() before the forward")
+        if self._ema.swapped and self._ema.mode == "train":
+            raise RuntimeError("step() with the EMA weights still in: call optimizer.train() first")
         if self._ema.mode == "pending" and not has_closure and _has_gradients(self.param_groups):
             raise RuntimeError(
                 "step() after loading a checkpoint written while swapped: the gradients were taken "
@@ -304,7 +312,7 @@ class EMAOptimizer(ForwardingOptimizer):
 
     def _swap_in(self) -> None:
         _report.check_read(self._ema, self.param_groups, "swap")
-        _swap.swap_in(self._ema)
+        _swap.swap_in(self._ema, self.param_groups)
         self._mark_groups()
 
     def _swap_out(self) -> None:

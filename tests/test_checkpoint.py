@@ -270,6 +270,9 @@ LABEL = r"param_groups\[0\]\['params'\]\[1\]"
         (edit(("state", 1, "ema_step"), -1), f"ema_step of {LABEL} must be a count"),
         (edit(("state", 1, "ema_step"), 1.5), f"ema_step of {LABEL} must be a count"),
         (edit(("state", 1, "ema_step"), torch.tensor(2.0)), f"ema_step of {LABEL} .* count"),
+        (edit(("state", 1, "ema_step"), 10**6), f"ema_step of {LABEL} must be at most .* 3"),
+        (edit(("state", 1, "ema"), torch.zeros(5).long()), f"ema of {LABEL} .*int64"),
+        (edit(("param_groups", 0, "ema_enabled"), "no"), "ema_enabled must be True or False"),
         (edit(("state", 1, "ema_step"), torch.zeros(2).long()), f"ema_step of {LABEL} .* count"),
         (edit(("state", 1, "ema_step"), "many"), f"ema_step of {LABEL} must be a count"),
         (edit(("param_groups", 0, "ema_step"), -3), "ema_step of a param group must be a count"),
@@ -330,6 +333,99 @@ def test_load_keeps_the_strides_of_the_parameter():
     q, again = make()
     again.load_state_dict(through_file(optimizer.state_dict()))
     assert again.state[q]["ema"].stride() == q.stride()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda o: setattr(o._ema, "update_after_step", 100),
+        lambda o: o.param_groups[0].update(ema_enabled=False),
+    ],
+    ids=["start", "disabled"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_weights_come_back_whatever_the_resuming_run_averages(dtype, change):
+    # They are in the slots alone: a slot that the new run does not want still has to be exchanged.
+    run = Run(dtype).train(4)
+    weights = copy.deepcopy(run.model.state_dict())
+    saved = swapped_save(run)
+    again = Run(dtype, seed=9)
+    change(again.optimizer)
+    again.load(saved)
+    again.optimizer.train()
+    assert same(again.model.state_dict(), weights)
+    again.train(1)
+
+
+def test_checkpoint_of_a_group_disabled_in_training_gives_its_weights_back():
+    run = Run().train(4)
+    run.optimizer.param_groups[0]["ema_enabled"] = False
+    weights = copy.deepcopy(run.model.state_dict())
+    again = Run(seed=9).load(swapped_save(run))
+    again.optimizer.train()
+    assert same(again.model.state_dict(), weights)
+
+
+def test_weight_that_never_moves_is_not_taken_for_a_lost_ema():
+    run = Run(torch.bfloat16)
+    still = torch.nn.Parameter(torch.zeros(3))
+    run.optimizer.add_param_group({"params": [still]})
+    run.train(4)
+    again = Run(torch.bfloat16, seed=9)
+    again.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    again.load(swapped_save(run))
+    again.optimizer.train()
+    assert same(again.model.state_dict(), run.model.state_dict())
+
+
+def bare_with_ema_entries():
+    """An AdamW that has loaded a checkpoint with an EMA, as torch lets it."""
+    saved = Run().train(4).save()
+    model = Run(seed=9).model
+    model.load_state_dict(saved["model"])
+    inner = AdamW(model.parameters(), lr=0.05)
+    inner.load_state_dict(saved["o"])
+    return model, inner
+
+
+def test_ema_that_the_inner_has_loaded_is_dropped_with_a_warning():
+    model, inner = bare_with_ema_entries()
+    with pytest.warns(UserWarning, match="Wrap first, then load"):
+        optimizer = EMAOptimizer(inner)
+    assert not any("ema" in key for entry in inner.state.values() for key in entry)
+    assert "ema" not in optimizer.state[model[0].weight]
+
+
+def test_ema_that_a_bare_optimizer_has_carried_along_is_not_taken_for_a_live_one():
+    _, inner = bare_with_ema_entries()
+    run = Run(seed=9)
+    with pytest.warns(UserWarning, match="holds no EMA"):
+        run.optimizer.load_state_dict(through_file(inner.state_dict()))
+    assert "ema" not in run.optimizer.state[run.model[0].weight]
+
+
+def test_checkpoint_whose_ema_entries_were_removed_starts_cold():
+    saved = Run().train(4).save()
+    for entry in saved["o"]["state"].values():
+        [entry.pop(key) for key in ("ema", "ema_step")]
+    with pytest.warns(UserWarning, match="holds no EMA"):
+        run = Run(seed=9).load(saved)
+    run.train(1)
+    assert run.optimizer.state[run.model[0].weight]["ema_step"] == 1
+
+
+def test_swapped_checkpoint_without_its_ema_is_refused():
+    saved = swapped_save(Run().train(4))
+    for entry in saved["o"]["state"].values():
+        [entry.pop(key) for key in ("ema", "ema_step")]
+    with pytest.raises(ValueError, match="the checkpoint is damaged"):
+        Run(seed=9).load(saved)
+
+
+@pytest.mark.parametrize("wrong", [None, {}, {"state": []}, {"state": {}, "param_groups": [{}]}])
+def test_what_is_no_checkpoint_is_refused(wrong):
+    with pytest.raises(ValueError, match="no optimizer's checkpoint"):
+        Run().optimizer._load_state_dict(wrong or {})
 
 
 OPTIONS = [StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)]

@@ -757,3 +757,28 @@ def test_a_checkpoint_of_narrow_weights_holds_the_averages_alone():
         "ema",
         "ema_step",
     }
+
+
+@pytest.mark.parametrize("names", [["first.weight"], None])
+def test_a_checkpoint_that_lost_an_average_is_refused(names):
+    _, ema = trained()
+    saved = ema.state_dict()
+    for name in names or list(saved["state"]):
+        del saved["state"][name]
+    _, other = trained(steps=1)
+    with pytest.raises(ValueError, match=r"ema of first\.weight must be in the checkpoint"):
+        other.load_state_dict(saved)
+
+
+def test_saving_does_not_change_the_average():
+    finals = []
+    for saves in (False, True):
+        model = net()
+        ema = EMAModel(model, 0.5)
+        with torch.no_grad():
+            model.first.weight.add_(1.0)
+        if saves:
+            ema.state_dict()
+        ema.update()
+        finals.append(averages(ema))
+    assert same(*finals)

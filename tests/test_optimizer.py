@@ -466,7 +466,7 @@ def test_global_step_hooks_fire_once():
 def test_hooks_may_replace_what_they_are_given():
     p = param(3)
     optimizer = EMAOptimizer(SGD([p], lr=0.1))
-    optimizer.register_step_pre_hook(lambda o, args, kwargs: ((lambda: 7.0,), {}))
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: ((args[0], lambda: 7.0), {}))
     optimizer.register_state_dict_post_hook(lambda o, state: {**state, "note": 1})
     optimizer.register_load_state_dict_pre_hook(lambda o, state: {**state, "state": {}})
     assert optimizer.step() == 7.0
@@ -655,3 +655,43 @@ def test_counters_of_schedules_survive_a_resume(decay):
         return optimizer.state_dict()
 
     assert same(run(interrupt=True), run(interrupt=False))
+
+
+def test_one_layer_cast_in_training_is_followed():
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(3)])
+    optimizer = EMAOptimizer(SGD(model.parameters(), lr=0.1), 0.5)
+    train(optimizer)
+    held = ema_of(optimizer, model[1].weight).clone()
+    model[1].bfloat16()
+    train(optimizer)
+    expected = held.lerp(model[1].weight.detach().float(), 0.5)
+    assert torch.equal(ema_of(optimizer, model[1].weight), expected)
+
+
+def test_copy_of_a_for_class_optimizer_is_of_that_class():
+    built = EMAOptimizer.for_class(AdamW, decay=0.5)
+    assert isinstance(copy.deepcopy(built([param(3)])), built)
+
+
+def test_step_hooks_get_the_optimizer_in_front_of_the_arguments():
+    optimizer, seen = EMAOptimizer(SGD([param(3)], lr=0.1)), []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append((o, args)))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append((o, args)))
+    optimizer.step()
+    assert seen == [(optimizer, (optimizer,))] * 2
+
+
+class KeepsAnEma(SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["ema"] = torch.zeros_like(p)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_inner_with_a_state_key_of_ours_is_refused_before_it_can_be_mixed_up(stepped):
+    inner = KeepsAnEma([param(3)], lr=0.1)
+    if stepped:
+        inner.step()
+    with pytest.raises(TypeError, match="KeepsAnEma: use EMAModel"):
+        EMAOptimizer(inner).step()

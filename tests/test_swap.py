@@ -323,5 +323,22 @@ def test_extra_memory_of_update_and_swap_is_bounded(dtype, update, swap):
     assert allocated(optimizer.train) <= 4 * MIB
 
 
+def test_scratch_of_a_model_of_many_dtypes_is_bounded():
+    dtypes = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+    params = [torch.nn.Parameter(torch.randn(MIB, dtype=dtype)) for dtype in dtypes]
+    optimizer = EMAOptimizer(SGD(params, lr=0.5, foreach=False), decay=0.1)
+    step(optimizer, 3)
+    assert allocated(optimizer.eval) <= 4.1 * MIB
+
+
+def test_group_disabled_while_it_has_an_ema_is_neither_swapped_nor_exported():
+    params, optimizer = trained()
+    optimizer.param_groups[0]["ema_enabled"] = False
+    weights = copies(params)
+    with optimizer.swap_ema_weights():
+        assert same(copies(params), weights)
+    assert same(copies(params), weights)
+
+
 def test_the_memory_probe_sees_what_is_allocated():
     assert 4 * MIB <= allocated(lambda: torch.empty(MIB).fill_(0.0)) < 5 * MIB

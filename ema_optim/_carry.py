@@ -1,0 +1,70 @@
+"""The EMA carried inside the param groups of a checkpoint, for optimizers that do not know it.
+
+A trainer that resumes may load a checkpoint into the bare inner optimizer before the wrapper
+exists. That would cast the EMA to the parameters' dtype, and fail on a state that holds nothing
+but an EMA. Tensors inside ``param_groups`` are spared both:
+
+    state[i]        ... the inner's entries alone
+    param_groups[g] ... "ema_entries": the group's marks, and one dict for each of its parameters
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import _checkpoint, _restore
+from ._shadow import ShadowSet
+from ._slots import Group
+
+_ENTRIES = "ema_entries"
+
+
+def carry(state_dict: _checkpoint.StateDict) -> _checkpoint.StateDict:
+    """A checkpoint with the EMA's entries moved from the state into the param groups."""
+    inner, own = _checkpoint.split(state_dict)
+    groups = [
+        {
+            **group,
+            _ENTRIES: {
+                "marks": {key: group[key] for key in _checkpoint.GROUP_MARKS},
+                "params": [own.get(key, {}) for key in group["params"]],
+            },
+        }
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "state": inner["state"], "param_groups": groups}
+
+
+def uncarry(state_dict: Mapping[str, Any]) -> _checkpoint.StateDict:
+    """The inverse of ``carry``; any other checkpoint stays as it is."""
+    if not isinstance(state_dict.get("param_groups"), list):
+        return dict(state_dict)
+    if not is_carrying(state_dict["param_groups"]):
+        return dict(state_dict)
+    state, groups = dict(state_dict["state"]), []
+    for group in map(dict, state_dict["param_groups"]):
+        carried = group.pop(_ENTRIES)
+        for key, entry in zip(group["params"], carried["params"], strict=True):
+            if entry:
+                state[key] = {**state.get(key, {}), **entry}
+        groups.append({**group, **carried["marks"]})
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def is_carrying(groups: Sequence[Group]) -> bool:
+    """Whether live param groups hold the EMA of a checkpoint."""
+    return any(_ENTRIES in group for group in groups)
+
+
+def adopt(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+    """Take over the EMA that the bare inner optimizer has loaded in its param groups."""
+    numbers = iter(range(sum(len(group["params"]) for group in groups)))
+    packed = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
+    state_dict = uncarry({"state": {}, "param_groups": packed})
+    _restore.read(shadow, groups, state_dict).install(shadow)
+    drop(groups)
+
+
+def drop(groups: Sequence[Group]) -> None:
+    """Forget what live param groups carry."""
+    for group in groups:
+        group.pop(_ENTRIES, None)

@@ -1,0 +1,189 @@
+"""Reading the EMA out of a checkpoint: everything is checked before anything changes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checkpoint import GROUP_OPTIONS, StateDict, marks, packed_pairs, split
+from ._config import check_options, check_tensor
+from ._shadow import ShadowSet, no_autograd
+from ._slots import Group, Slot
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A checked EMA, ready to be installed in a shadow set.
+
+    Attributes:
+        slots: Every slot of the checkpoint.
+        step: The optimizer's clock.
+        swapped: Whether the checkpoint was written while swapped. Every slot is exchanged back
+            then, whatever this run averages: the training weights are nowhere else. Where a
+            placeholder was saved it equals the weights, and nothing changes.
+        cold: Whether the checkpoint is of a trained optimizer but holds no average.
+    """
+
+    slots: dict[Tensor, Slot]
+    step: int = 0
+    swapped: bool = False
+    cold: bool = False
+
+    def install(self, shadow: ShadowSet) -> None:
+        """Replace the shadow set's EMA; what was swapped in before is forgotten."""
+        shadow.forget_cache()
+        shadow.slots, shadow.step = self.slots, self.step
+        shadow.swapped = dict(self.slots) if self.swapped else {}
+        shadow.mode = "pending" if shadow.swapped else "train"
+
+
+def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, Any]) -> Loaded:
+    """Check the EMA in a checkpoint and copy it, changing nothing.
+
+    Raises:
+        ValueError, TypeError: The checkpoint is damaged or another model's; the message names the
+            parameter.
+    """
+    check_form(state_dict)
+    _check_groups(groups, state_dict["param_groups"])
+    inner, own = split(state_dict)
+    swapped = any(bool(group.get("ema_swapped")) for group in state_dict["param_groups"])
+    entries, missing = _find_entries(groups, inner, own, swapped)
+    if missing and (swapped or entries):
+        raise ValueError(
+            f"ema of {missing[0]} must be in the checkpoint like that of the other parameters, "
+            "got none: the checkpoint is damaged. To go on without, load "
+            "strip_ema_state_dict(checkpoint): the EMA then starts anew"
+        )
+    if not swapped and not any(e.count for e in entries) and any(inner["state"].values()):
+        # Nothing was averaged. A clock without averages would only be that of disabled groups.
+        cold = bool(missing or entries)
+        return Loaded({}, 0 if cold else _clock(state_dict, entries), cold=cold)
+    step = _clock(state_dict, entries)
+    return Loaded({e.param: e.slot(shadow, step, swapped) for e in entries}, step, swapped)
+
+
+def keep_options(groups: Sequence[Group], before: Sequence[Group], shadow: ShadowSet) -> None:
+    """Give freshly loaded groups the EMA options that the checkpoint did not know."""
+    for group, old in zip(groups, before, strict=True):
+        for key in GROUP_OPTIONS:
+            if key in old:
+                group.setdefault(key, old[key])
+        group.update(marks(shadow))
+
+
+def check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is no optimizer checkpoint at all."""
+    parts = state_dict if isinstance(state_dict, Mapping) else {}
+    groups = parts.get("param_groups")
+    whole = isinstance(parts.get("state"), Mapping) and isinstance(groups, list)
+    if not whole or not all(isinstance(g, Mapping) and "params" in g for g in groups or ()):
+        raise ValueError(
+            "state_dict must have 'state' and 'param_groups' as an optimizer's has, got "
+            f"{sorted(map(str, parts))[:5] or type(state_dict)}: it is no optimizer's checkpoint"
+        )
+
+
+class _Entry:
+    """The EMA of one parameter as a checkpoint has it, checked."""
+
+    def __init__(self, param: Tensor, saved: StateDict, decay: float | None, label: str) -> None:
+        for key in ("ema", "ema_step"):
+            if key not in saved:
+                raise ValueError(f"{key} of {label} must be in the checkpoint, got {sorted(saved)}")
+        for key in ("ema", "ema_weights"):
+            if key in saved:
+                check_tensor(f"{key} of {label}", saved[key], param)
+        self.count = _count(saved["ema_step"], label)
+        self.param, self.saved, self.decay, self.label = param, saved, decay, label
+
+    def slot(self, shadow: ShadowSet, step: int, swapped: bool) -> Slot:
+        if self.count > step:
+            raise ValueError(
+                f"ema_step of {self.label} must be at most the optimizer's {step}, got "
+                f"{self.count}: the checkpoint is damaged"
+            )
+        updates, share = shadow.counter_at(self.count, step, self.decay)
+        with no_autograd():
+            slot = Slot(shadow.place(self.param, self.saved["ema"]), updates, share)
+            if swapped:
+                slot.parked = self._parked(shadow, slot)
+        return slot
+
+    def _parked(self, shadow: ShadowSet, slot: Slot) -> Tensor | None:
+        if "ema_weights" in self.saved:
+            parked = torch.empty_like(self.param, requires_grad=False)
+            return parked.copy_(self.saved["ema_weights"])
+        if shadow.parks(self.param, slot):
+            raise ValueError(
+                f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "
+                "none: load it into a model like the one it was saved from, call train() and save "
+                "again"
+            )
+        return None
+
+
+def _find_entries(
+    groups: Sequence[Group], inner: StateDict, own: dict[Any, StateDict], swapped: bool
+) -> tuple[list[_Entry], list[str]]:
+    """The EMA's entries, and the labels of parameters that lack theirs."""
+    if own and all(_is_cast(entry.get("ema_step")) for entry in own.values()):
+        own = {}
+    entries, missing = [], []
+    for options, param, key in packed_pairs(groups, inner["param_groups"]):
+        enabled = options.get("ema_enabled", True)
+        if key in own and (enabled or swapped):
+            label = _label(groups, param)
+            entries.append(_Entry(param, own[key], options.get("ema_decay"), label))
+        elif enabled and param.requires_grad and inner["state"].get(key):
+            missing.append(_label(groups, param))
+    return entries, missing
+
+
+def _clock(state_dict: Mapping[str, Any], entries: Sequence[_Entry]) -> int:
+    marked = [g["ema_step"] for g in state_dict["param_groups"] if "ema_step" in g]
+    counts = [_count(mark, "a param group") for mark in marked]
+    return max(counts or [entry.count for entry in entries], default=0)
+
+
+def _label(groups: Sequence[Group], param: Tensor) -> str:
+    for index, group in enumerate(groups):
+        for position, other in enumerate(group["params"]):
+            if other is param:
+                names = group.get("param_names")
+                return names[position] if names else f"param_groups[{index}]['params'][{position}]"
+    raise KeyError("the parameter is in no param group")
+
+
+def _check_groups(groups: Sequence[Group], saved: Sequence[Group]) -> None:
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"the checkpoint must have {len(groups)} param groups like the optimizer, got "
+            f"{len(saved)}: build the optimizer as it was when it was saved"
+        )
+    for index, (group, packed) in enumerate(zip(groups, saved, strict=True)):
+        check_options(packed)
+        if len(packed["params"]) != len(group["params"]):
+            raise ValueError(
+                f"param_groups[{index}] of the checkpoint must have {len(group['params'])} "
+                f"parameters like the optimizer's, got {len(packed['params'])}"
+            )
+
+
+def _count(value: object, label: str) -> int:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"ema_step of {label} must be a count (an integer, 0 or more), got {value!r}: the "
+            "checkpoint is damaged"
+        )
+    return value
+
+
+def _is_cast(count: object) -> bool:
+    # Torch casts what it does not know to the parameter's dtype: the checkpoint has passed through
+    # an optimizer without an EMA, which carried the entries along and did not average.
+    return isinstance(count, torch.Tensor) and count.is_floating_point()

@@ -1,0 +1,1 @@
+"""Trainers: each module imports its trainer, and nothing else in the package does."""

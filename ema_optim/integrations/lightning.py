@@ -1,0 +1,198 @@
+"""``EMAWeights``: the EMA of the weights in a Lightning ``Trainer``."""
+
+from collections.abc import Mapping
+from copy import copy
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .._shadow import ShadowSet
+from .._warnings import warn
+from ..optimizer import EMAOptimizer
+from ..schedules import Decay, compute_optimal_decay
+
+try:
+    import lightning.pytorch as pl
+except ImportError:
+    try:
+        import pytorch_lightning as pl
+    except ImportError as error:
+        message = 'EMAWeights needs Lightning: pip install "ema_optim[lightning]"'
+        raise ImportError(message) from error
+
+_DEFAULTS = {"decay": None, "update_every": 1, "update_after_step": 0, "dtype": None}
+
+
+class EMAWeights(pl.Callback):  # type: ignore[misc]
+    """Keep an EMA of the weights that a ``Trainer`` trains: ``callbacks=[EMAWeights(0.999)]``.
+
+    ``ema = decay * ema + (1 - decay) * weights`` after every step of an optimizer, kept inside each
+    optimizer. The training is bit-equal to one without the callback. Validation, test and
+    prediction, inside ``fit`` and after it, use the EMA weights for every batch; outside of them
+    the model holds the training weights, after ``fit`` and after an exception too. (The EMA weights
+    for good: ``trainer.optimizers[0].apply_ema()``.) What ``trainer.test(ckpt_path=...)`` loads is
+    evaluated as it is. Every ``fit`` makes new optimizers and so begins a new EMA, unless it
+    resumes or is given the same ``EMAOptimizer`` again.
+
+    A checkpoint, whenever it is written, has the layout of Lightning's ``WeightAveraging``: the EMA
+    weights in ``state_dict``, for ``load_from_checkpoint`` and ``trainer.test(ckpt_path=...)`` (in
+    fp32 for narrower weights), the training weights in ``current_model_state``.
+    ``trainer.fit(ckpt_path=...)`` goes on from it bit for bit. A checkpoint written without the
+    callback resumes too: the EMA then begins at the loaded weights, with a warning.
+
+    *Resuming without the callback*, Lightning warns that the callback is missing, takes the EMA
+    weights for the training weights and loads optimizer states that hold the EMA too. To go on from
+    the training weights, change the checkpoint (``torch.load``) so and save it anew::
+
+        checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [strip_ema_state_dict(state) for state in states]
+
+    Checkpoints of weights alone (``save_weights_only=True``) are written past all callbacks: they
+    hold the weights that are in the model, the training weights except during a validation.
+
+    Args:
+        decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
+            ``update number (1-based) -> decay``, or "auto" for
+            ``compute_optimal_decay(trainer.estimated_stepping_batches)``. Default None: that of
+            the ``EMAOptimizer`` which ``configure_optimizers`` returned, else 0.999.
+        update_every: Optimizer steps between two updates. Default 1: the exact EMA.
+        update_after_step: Optimizer steps until averaging begins. Default 0.
+        dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
+
+    Raises:
+        ValueError, TypeError: An argument is out of its range. At the start of ``fit`` also: two
+            callbacks average the weights, an argument is not that of the ``EMAOptimizer`` from
+            ``configure_optimizers``, or the strategy shards the weights.
+    """
+
+    def __init__(
+        self,
+        decay: Decay | Literal["auto"] | None = None,
+        *,
+        update_every: int = 1,
+        update_after_step: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        to_check: Any = 0.0 if decay is None or decay == "auto" else decay
+        ShadowSet(to_check, update_every, update_after_step, dtype)  # raises
+        given = (decay, update_every, update_after_step, dtype)
+        named = zip(_DEFAULTS, given, strict=True)
+        self._options = {name: value for name, value in named if value != _DEFAULTS[name]}
+        self._optimizers: list[EMAOptimizer] = []  # of the last fit
+        self._swapped: list[EMAOptimizer] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse another averaging callback; a fit forgets the one before it."""
+        averaging = getattr(pl.callbacks, "WeightAveraging", EMAWeights)
+        for callback in trainer.callbacks:
+            if callback is not self and isinstance(callback, (EMAWeights, averaging)):
+                two = f"EMAWeights and {type(callback).__name__}"
+                raise ValueError(f"one callback may average the weights, got {two}: remove one")
+        if stage == "fit":
+            self._optimizers = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Wrap the optimizers; Lightning restores their states from a checkpoint after this."""
+        _check_trainer(trainer)
+        options = _resolved(self._options, trainer)
+        self._optimizers = [_wrap(optimizer, options) for optimizer in trainer.optimizers]
+        trainer.optimizers = self._optimizers
+
+    def _swap_in(self, trainer: Any, pl_module: Any) -> None:
+        """Put the EMA weights in, for all batches."""
+        if trainer.state.fn != "fit" and trainer.ckpt_path:
+            self._optimizers = []  # the loaded weights are to be evaluated, not an earlier fit's
+        # A user's own swap is left for the user to end.
+        self._swapped = [optimizer for optimizer in self._optimizers if not optimizer.swapped]
+        for optimizer in self._swapped:
+            optimizer.eval()
+
+    def _swap_out(self, *args: Any) -> None:
+        """Put the training weights back."""
+        for optimizer in reversed(self._swapped):
+            optimizer.train()
+        self._swapped = []
+
+    on_validation_start = on_test_start = on_predict_start = _swap_in
+    on_validation_end = on_test_end = on_predict_end = on_exception = _swap_out
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write the EMA weights as ``state_dict``, also in the middle of a validation."""
+        if not self._optimizers:
+            return
+        steps = max(optimizer._ema.step for optimizer in self._optimizers)
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(steps, device="cpu")}
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        for optimizer in self._optimizers:
+            _part_weights(optimizer, pl_module, checkpoint)
+        states = map(_unswapped, self._optimizers, checkpoint["optimizer_states"])
+        checkpoint["optimizer_states"] = list(states)
+        # An entry here has Lightning warn of a resume without this callback. (As state_dict() it
+        # would have Lightning refuse two of them by a message without a remedy.)
+        checkpoint["callbacks"][self.state_key] = {"ema_step": steps}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Begin a resumed fit at the training weights; ``state_dict`` has just been loaded."""
+        if trainer.state.fn == "fit" and "current_model_state" in checkpoint:
+            state = checkpoint["current_model_state"]
+            pl_module.load_state_dict(state, strict=pl_module.strict_loading)
+
+
+def _resolved(options: dict[str, Any], trainer: Any) -> dict[str, Any]:
+    if options.get("decay") != "auto":
+        return options
+    steps = trainer.estimated_stepping_batches
+    if not 1 <= steps < float("inf"):
+        raise ValueError(f"decay='auto' must know the steps of the run, got {steps}: set max_steps")
+    return {**options, "decay": compute_optimal_decay(steps)}
+
+
+def _check_trainer(trainer: Any) -> None:
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise ValueError(
+            "strategy must keep whole weights on every rank (one device, DDP), got "
+            f"{type(trainer.strategy).__name__}: use EMAOptimizer alone"
+        )
+    if not all(optimizer.state_dict() for optimizer in trainer.optimizers):  # Lightning's stand-in
+        raise ValueError("configure_optimizers must return an optimizer, got None: return one")
+    if any(getattr(saver, "save_weights_only", False) for saver in trainer.checkpoint_callbacks):
+        warn(
+            "ModelCheckpoint(save_weights_only=True) writes past EMAWeights: its files hold the "
+            "training weights. Leave it False to have the EMA weights in state_dict"
+        )
+
+
+def _wrap(optimizer: Optimizer, options: Mapping[str, Any]) -> EMAOptimizer:
+    if not isinstance(optimizer, EMAOptimizer):
+        return EMAOptimizer(optimizer, **options)
+    for name, value in options.items():
+        if value != (own := getattr(optimizer._ema, name)):
+            raise ValueError(
+                f"{name} must be that of the EMAOptimizer from configure_optimizers ({own}), got "
+                f"{value}: leave it out of EMAWeights, or return the inner optimizer"
+            )
+    return optimizer
+
+
+def _part_weights(optimizer: EMAOptimizer, model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    ema, training = map(copy, (checkpoint["state_dict"], checkpoint["current_model_state"]))
+    shadow, members = optimizer._ema, set(optimizer._ema.members(optimizer.param_groups))
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if name in ema and param in members:
+            # The tensors of the optimizer's state, not copies of them: the file holds them once.
+            ema[name], training[name] = shadow.ema_of(param), shadow.weights_of(param)
+    checkpoint["state_dict"], checkpoint["current_model_state"] = ema, training
+
+
+def _unswapped(optimizer: EMAOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state dict as if the training weights were in, without moving any."""
+    state = dict(state_dict["state"])
+    groups = [{**group, "ema_swapped": False} for group in state_dict["param_groups"]]
+    for group, packed in zip(optimizer.param_groups, groups, strict=True):
+        for param, key in zip(group["params"], packed["params"], strict=True):
+            if "ema" in state.get(key, ()):
+                state[key] = {**state[key], "ema": optimizer._ema.ema_of(param)}
+    return {**state_dict, "state": state, "param_groups": groups}

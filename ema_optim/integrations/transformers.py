@@ -1,0 +1,273 @@
+"""``EMACallback``: the EMA of the weights in the Hugging Face ``Trainer``."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import _names
+from .._config import check_tensor
+from .._shadow import ShadowSet, no_autograd
+from .._warnings import warn
+from ..optimizer import EMAOptimizer
+from ..schedules import Decay, check_decay, compute_optimal_decay
+from ._trainer_optimizer import TrainerEMAOptimizer
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        'EMACallback needs transformers and accelerate: pip install "ema_optim[transformers]"'
+    ) from error
+
+from ._pretrained import load_best, save_model
+
+
+class EMACallback(TrainerCallback):  # type: ignore[misc]
+    """Keep an EMA of the weights that a ``Trainer`` trains: ``callbacks=[EMACallback(0.999)]``.
+
+    ``ema = decay * ema + (1 - decay) * weights`` after every optimizer step, kept inside the
+    optimizer, whichever it is. The training is bit-equal to one without the callback. Evaluation
+    and prediction use the EMA weights for every batch; outside of them the model holds the
+    training weights. ``checkpoint-N/`` is what it would be without the callback, with the EMA in
+    ``optimizer.pt``: it resumes with the callback (bit for bit) and without it. With
+    ``load_best_model_at_end`` the model ends with the EMA weights of the best checkpoint.
+
+    Args:
+        decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
+            ``update number (1-based) -> decay``, or "auto" for
+            ``compute_optimal_decay(max_steps)``. Default None: that of the ``EMAOptimizer`` which
+            the Trainer was given, else 0.999.
+        update_every: Optimizer steps between two updates. Default 1.
+        update_after_step: Optimizer steps until averaging begins. Default 0.
+        evaluate_with: "ema" or "training", the weights that evaluation and prediction use.
+        save_ema: Whether every checkpoint gets a folder ``checkpoint-N/ema`` that
+            ``from_pretrained`` deploys (an adapter folder with PEFT). Default True.
+        dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
+
+    Raises:
+        ValueError, TypeError: An argument is out of its range. At the start of the training also:
+            ``decay`` is not that of the Trainer's own ``EMAOptimizer``.
+    """
+
+    def __init__(
+        self,
+        decay: Decay | Literal["auto"] | None = None,
+        *,
+        update_every: int = 1,
+        update_after_step: int = 0,
+        evaluate_with: Literal["ema", "training"] = "ema",
+        save_ema: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if evaluate_with not in ("ema", "training"):
+            raise ValueError(f"evaluate_with must be 'ema' or 'training', got {evaluate_with!r}")
+        self.decay = decay if decay is None or decay == "auto" else check_decay(decay)
+        self.options: dict[str, Any] = {
+            "update_every": update_every,
+            "update_after_step": update_after_step,
+            "dtype": dtype,
+        }
+        ShadowSet(0.0, update_every, update_after_step, dtype)  # checks them
+        self.evaluate_with, self.save_ema = evaluate_with, save_ema
+        self.optimizer: EMAOptimizer | None = None
+        self.model: nn.Module | None = None
+        self._loaded: dict[str, Tensor] | None = None
+        self._original: dict[str, Tensor] = {}
+        self._holds_best = False
+
+    def apply_ema(self, model: nn.Module) -> None:
+        """Copy the EMA weights into ``model``, one way, until ``restore_original(model)``.
+
+        Args:
+            model: The trained model, or another with parameters of the same names.
+
+        Raises:
+            RuntimeError: Nothing was trained or loaded yet.
+            KeyError: The model lacks parameters of the EMA.
+            ValueError: A parameter has another shape.
+        """
+        state = self.get_ema_state()
+        named = _names.named_parameters(model)
+        if missing := sorted(set(state) - set(named)):
+            raise KeyError(
+                f"the model must have every parameter of the EMA, it lacks {missing}: pass the "
+                "model that was trained, or one built alike"
+            )
+        for name, value in state.items():
+            check_tensor(f"the EMA of {name}", value, named[name])
+        if self._holds_best and not self._original:
+            warn(
+                "apply_ema() replaces the EMA weights of the best checkpoint, which the Trainer "
+                "has loaded, by the last ones; restore_original(model) takes them out again"
+            )
+        if not self._original:
+            self._original = {name: named[name].detach().clone() for name in state}
+        _copy(state, named)
+        self._set_eval_swaps()
+
+    def restore_original(self, model: nn.Module) -> None:
+        """Undo ``apply_ema``, and put the training weights back after a failed evaluation.
+
+        Args:
+            model: The model that ``apply_ema`` was given.
+        """
+        if self.optimizer is not None and self.optimizer.swapped:
+            self.optimizer.train()
+        _copy(self._original, _names.named_parameters(model))
+        self._original = {}
+        self._set_eval_swaps()
+
+    def get_ema_state(self) -> dict[str, Tensor]:
+        """The EMA weights by parameter name, as CPU tensors in the EMA's dtype.
+
+        Raises:
+            RuntimeError: Nothing was trained or loaded yet.
+        """
+        if self.optimizer is not None and self.model is not None:
+            state = self.optimizer.get_ema_state(self.model)
+            return {name: value.cpu() for name, value in state.items()}
+        if self._loaded is not None:
+            return dict(self._loaded)
+        raise RuntimeError("there is no EMA yet: call trainer.train() or load_ema_state() first")
+
+    def load_ema_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the EMA weights that ``get_ema_state`` returned.
+
+        ``apply_ema(model)`` then works without any training, and a training that starts goes on
+        averaging into them. The names are checked against the model there.
+
+        Args:
+            state: Tensors by parameter name.
+
+        Raises:
+            TypeError: ``state`` is no dict of tensors.
+        """
+        if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
+            raise TypeError(f"state must be a dict of tensors by parameter name, got {type(state)}")
+        self._loaded = {name: value.detach().cpu().clone() for name, value in state.items()}
+        if self.optimizer is not None and self.model is not None:
+            self.optimizer.load_ema_state(self.model, self._loaded)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wrap the optimizer that the Trainer has made, or find its EMAOptimizer."""
+        self.model = kwargs["model"]
+        self.optimizer = self._find_or_wrap(kwargs["optimizer"], args, state)
+        self.optimizer.train()  # an earlier evaluation may have failed half-way
+        self._original, self._holds_best = {}, False
+        self._set_eval_swaps()
+        if self._loaded is not None and not state.global_step:
+            self.optimizer.load_ema_state(self.model, self._loaded)
+        self._loaded = None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the training weights back."""
+        if self.optimizer is not None:
+            self.optimizer.train()
+
+    on_predict = on_evaluate
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the EMA's decay and its distance from the weights."""
+        if (
+            self.optimizer is None
+            or logs is None
+            or not self.optimizer.ema_metrics()["ema_updates"]
+        ):
+            return
+        metrics = self.optimizer.ema_metrics()
+        for entry in (logs, state.log_history[-1] if state.log_history else {}):
+            entry.update({key: metrics[key] for key in ("ema_decay", "ema_distance")})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the EMA weights beside the checkpoint that was just written."""
+        if self.optimizer is None or not self.save_ema or not args.should_save:
+            return
+        checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if not os.path.isdir(checkpoint):
+            warn(f"there is no {checkpoint} to write the EMA weights into; they are in none")
+            return
+        with self.optimizer.swap_ema_weights():
+            save_model(kwargs["model"], os.path.join(checkpoint, "ema"))
+        if kwargs.get("processing_class") is not None:
+            kwargs["processing_class"].save_pretrained(os.path.join(checkpoint, "ema"))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the training weights in, or the EMA weights of the best checkpoint."""
+        if self.optimizer is None:
+            return
+        self.optimizer.train()
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best and self.evaluate_with == "ema":
+            load_best(self.optimizer, kwargs["model"], best)
+            self._holds_best = True
+            self._set_eval_swaps()
+
+    def _find_or_wrap(self, accelerated: Any, args: Any, state: Any) -> EMAOptimizer:
+        _refuse_engines(accelerated, args)
+        inner = accelerated.optimizer
+        if isinstance(inner, TrainerEMAOptimizer) and inner.owner is not self:
+            raise ValueError("the Trainer must have one EMACallback, got two: remove one of them")
+        if not isinstance(inner, EMAOptimizer):
+            inner = self._wrap(accelerated, state)
+        if isinstance(inner, TrainerEMAOptimizer):
+            inner.begin(state)
+        else:
+            self._check_same_decay(inner, state)
+        return inner
+
+    def _check_same_decay(self, found: EMAOptimizer, state: Any) -> None:
+        wanted = self._decay(state)
+        if (
+            self.decay is not None
+            and wanted != found._ema.decay
+            and not isinstance(found, TrainerEMAOptimizer)
+        ):
+            raise ValueError(
+                f"decay must be that of the EMAOptimizer which the Trainer was given "
+                f"({found._ema.decay}), got {wanted}: leave it out here, or set it there"
+            )
+
+    def _decay(self, state: Any) -> Decay:
+        if self.decay == "auto":
+            return compute_optimal_decay(state.max_steps)
+        return 0.999 if self.decay is None else self.decay
+
+    def _wrap(self, accelerated: Any, state: Any) -> EMAOptimizer:
+        inner = accelerated.optimizer
+        made = TrainerEMAOptimizer(inner, self._decay(state), **self.options)
+        made.owner = self
+        accelerated.optimizer = made
+        if accelerated.scaler is not None:
+            # Accelerate has kept the inner optimizer's step to call it through the scaler.
+            accelerated._optimizer_original_step_method = made.step
+            accelerated._optimizer_patched_step_method = patch_optimizer_step(
+                accelerated, made.step
+            )
+        return made
+
+    def _set_eval_swaps(self) -> None:
+        if self.optimizer is not None:
+            in_model = bool(self._original) or self._holds_best
+            self.optimizer._ema.eval_swaps = self.evaluate_with == "ema" and not in_model
+
+
+def _refuse_engines(accelerated: Any, args: Any) -> None:
+    if not isinstance(accelerated, AcceleratedOptimizer):
+        raise TypeError(f"the Trainer's optimizer must be Accelerate's, got {type(accelerated)}")
+    if getattr(args, "deepspeed", None):
+        raise RuntimeError(
+            "EMACallback under DeepSpeed: a swap would not reach the weights of the forward. Use "
+            "DDP, or EMAOptimizer without a swap"
+        )
+    if getattr(args, "fsdp", None):
+        raise RuntimeError("EMACallback under FSDP is not supported yet: use DDP")
+
+
+def _copy(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+    with no_autograd():
+        for name, value in state.items():
+            named[name].detach().copy_(value)
