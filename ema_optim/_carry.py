@@ -25,7 +25,7 @@ def carry(state_dict: _checkpoint.StateDict) -> _checkpoint.StateDict:
         {
             **group,
             _ENTRIES: {
-                "marks": {key: group[key] for key in _checkpoint.GROUP_MARKS},
+                "marks": {k: group[k] for k in _checkpoint.GROUP_MARKS if k in group},
                 "params": [own.get(key, {}) for key in group["params"]],
             },
         }
@@ -42,7 +42,7 @@ def uncarry(state_dict: Mapping[str, Any]) -> _checkpoint.StateDict:
         return dict(state_dict)
     state, groups = dict(state_dict["state"]), []
     for group in map(dict, state_dict["param_groups"]):
-        carried = group.pop(_ENTRIES)
+        carried = group.pop(_ENTRIES, {"marks": {}, "params": [{}] * len(group["params"])})
         for key, entry in zip(group["params"], carried["params"], strict=True):
             if entry:
                 state[key] = {**state.get(key, {}), **entry}
@@ -53,6 +53,14 @@ def uncarry(state_dict: Mapping[str, Any]) -> _checkpoint.StateDict:
 def is_carrying(groups: Sequence[Group]) -> bool:
     """Whether live param groups hold the EMA of a checkpoint."""
     return any(_ENTRIES in group for group in groups)
+
+
+def carried_step(groups: Sequence[Group]) -> int | None:
+    """The trainer's step at which the EMA in live param groups was saved."""
+    marks = [group[_ENTRIES]["marks"] for group in groups if _ENTRIES in group]
+    return max(
+        (mark["ema_global_step"] for mark in marks if "ema_global_step" in mark), default=None
+    )
 
 
 def adopt(shadow: ShadowSet, groups: Sequence[Group]) -> None:

@@ -25,7 +25,7 @@ StateDict = dict[str, Any]
 
 STATE_KEYS = ("ema", "ema_step", "ema_weights")
 GROUP_OPTIONS = ("ema_decay", "ema_enabled")
-GROUP_MARKS = ("ema_step", "ema_swapped")
+GROUP_MARKS = ("ema_step", "ema_swapped", "ema_global_step")  # the last: a trainer's alone
 
 
 def marks(shadow: ShadowSet) -> dict[str, Any]:
@@ -95,8 +95,11 @@ def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict
     return {**state_dict, "state": rest, "param_groups": groups}, own
 
 
-def clear_reserved(inner: Optimizer) -> None:
+def clear_reserved(inner: Optimizer) -> bool:
     """See to it that the inner optimizer's state has none of the EMA's keys.
+
+    Returns:
+        Whether there were any: an EMA that was loaded before the optimizer was wrapped.
 
     Raises:
         TypeError: It keeps something of its own under such a key.
@@ -115,6 +118,7 @@ def clear_reserved(inner: Optimizer) -> None:
             "the optimizer has loaded an EMA before it was wrapped, and torch has cast it to the "
             "weights' dtype: the EMA begins anew. Wrap first, then load the checkpoint"
         )
+    return bool(stale)
 
 
 def packed_pairs(

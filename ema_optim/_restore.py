@@ -24,18 +24,21 @@ class Loaded:
             then, whatever this run averages: the training weights are nowhere else. Where a
             placeholder was saved it equals the weights, and nothing changes.
         cold: Whether the checkpoint is of a trained optimizer but holds no average.
+        trainer_step: The trainer's step at which it was saved, where a trainer has noted it.
     """
 
     slots: dict[Tensor, Slot]
     step: int = 0
     swapped: bool = False
     cold: bool = False
+    trainer_step: int | None = None
 
     def install(self, shadow: ShadowSet) -> None:
         """Replace the shadow set's EMA; what was swapped in before is forgotten."""
         shadow.forget_cache()
         shadow.slots, shadow.step = self.slots, self.step
         shadow.swapped = dict(self.slots) if self.swapped else {}
+        shadow.trainer_step = self.trainer_step
         shadow.mode = "pending" if shadow.swapped else "train"
 
 
@@ -62,7 +65,9 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
         cold = bool(missing or entries)
         return Loaded({}, 0 if cold else _clock(state_dict, entries), cold=cold)
     step = _clock(state_dict, entries)
-    return Loaded({e.param: e.slot(shadow, step, swapped) for e in entries}, step, swapped)
+    slots = {entry.param: entry.slot(shadow, step, swapped) for entry in entries}
+    noted = [g["ema_global_step"] for g in state_dict["param_groups"] if "ema_global_step" in g]
+    return Loaded(slots, step, swapped, trainer_step=max(noted, default=None))
 
 
 def keep_options(groups: Sequence[Group], before: Sequence[Group], shadow: ShadowSet) -> None:

@@ -65,6 +65,7 @@ class ShadowSet:
         self.eval_swaps = (
             True  # False: eval() leaves the weights that are in, as a trainer may want
         )
+        self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
         self.warned: set[str] = set()
         self._cache: Cache | None = None
         self._shared: set[Tensor] | None = None  # parameters that share memory

@@ -72,7 +72,8 @@ class EMAOptimizer(ForwardingOptimizer):
     ) -> None:
         check_inner(optimizer)
         shadow = ShadowSet(decay, update_every, update_after_step, dtype)
-        _checkpoint.clear_reserved(optimizer)
+        if _checkpoint.clear_reserved(optimizer):
+            shadow.warned.add("cold")
         super().__init__(optimizer)
         self._ema = shadow
         self._mark_groups()

@@ -12,6 +12,16 @@ from .._shadow import no_autograd
 from ..optimizer import EMAOptimizer
 
 
+def ema_folder(model: Any, checkpoint: str) -> str:
+    """Where the EMA weights of a checkpoint are.
+
+    An adapter lies one level deeper: on a resume the Trainer takes every folder in a checkpoint
+    that holds adapter weights for one more adapter of the model, and loads it.
+    """
+    folder = os.path.join(checkpoint, "ema")
+    return os.path.join(folder, "adapter") if hasattr(model, "peft_config") else folder
+
+
 def save_model(model: Any, folder: str) -> None:
     """Write the weights that are in the model now, so that ``from_pretrained`` finds them."""
     if hasattr(model, "save_pretrained"):
@@ -25,7 +35,7 @@ def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
     """Put the EMA weights of a checkpoint into the model; the optimizer keeps its own EMA."""
     file = os.path.join(checkpoint, "optimizer.pt")
     if not os.path.isfile(file):
-        _load_saved(model, os.path.join(checkpoint, "ema"))
+        _load_saved(model, ema_folder(model, checkpoint))
         return
     saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     loaded = _restore.read(optimizer._ema, optimizer.param_groups, _carry.uncarry(saved))

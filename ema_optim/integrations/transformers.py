@@ -13,7 +13,7 @@ from .._shadow import ShadowSet, no_autograd
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay, check_decay, compute_optimal_decay
-from ._trainer_optimizer import TrainerEMAOptimizer
+from ._trainer_optimizer import TrainerEMAOptimizer, take_over
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
@@ -23,7 +23,10 @@ except ImportError as error:
         'EMACallback needs transformers and accelerate: pip install "ema_optim[transformers]"'
     ) from error
 
-from ._pretrained import load_best, save_model
+from ._pretrained import ema_folder, load_best, save_model
+
+# The attribute of an optimizer that tells whether another callback has begun the same training.
+_BEGUN = "ema_trainer_state"
 
 
 class EMACallback(TrainerCallback):  # type: ignore[misc]
@@ -77,6 +80,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.model: nn.Module | None = None
         self._loaded: dict[str, Tensor] | None = None
         self._original: dict[str, Tensor] = {}
+        self._in_trained = False  # whether apply_ema has put them into the trained model
         self._holds_best = False
 
     def apply_ema(self, model: nn.Module) -> None:
@@ -90,6 +94,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             KeyError: The model lacks parameters of the EMA.
             ValueError: A parameter has another shape.
         """
+        if self.optimizer is not None:
+            self.optimizer.train()  # an evaluation may have failed half-way
         state = self.get_ema_state()
         named = _names.named_parameters(model)
         if missing := sorted(set(state) - set(named)):
@@ -104,6 +110,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "apply_ema() replaces the EMA weights of the best checkpoint, which the Trainer "
                 "has loaded, by the last ones; restore_original(model) takes them out again"
             )
+        trained = set(self.optimizer._ema.slots if self.optimizer is not None else ())
+        self._in_trained = any(named[name] in trained for name in state)
         if not self._original:
             self._original = {name: named[name].detach().clone() for name in state}
         _copy(state, named)
@@ -118,7 +126,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self.optimizer is not None and self.optimizer.swapped:
             self.optimizer.train()
         _copy(self._original, _names.named_parameters(model))
-        self._original = {}
+        self._original, self._in_trained = {}, False
         self._set_eval_swaps()
 
     def get_ema_state(self) -> dict[str, Tensor]:
@@ -148,16 +156,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """
         if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
             raise TypeError(f"state must be a dict of tensors by parameter name, got {type(state)}")
-        self._loaded = {name: value.detach().cpu().clone() for name, value in state.items()}
         if self.optimizer is not None and self.model is not None:
-            self.optimizer.load_ema_state(self.model, self._loaded)
+            self.optimizer.train()
+            self.optimizer.load_ema_state(self.model, state)
+        else:
+            self._loaded = {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the optimizer that the Trainer has made, or find its EMAOptimizer."""
         self.model = kwargs["model"]
         self.optimizer = self._find_or_wrap(kwargs["optimizer"], args, state)
         self.optimizer.train()  # an earlier evaluation may have failed half-way
-        self._original, self._holds_best = {}, False
+        self._original, self._in_trained, self._holds_best = {}, False, False
         self._set_eval_swaps()
         if self._loaded is not None and not state.global_step:
             self.optimizer.load_ema_state(self.model, self._loaded)
@@ -190,10 +200,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if not os.path.isdir(checkpoint):
             warn(f"there is no {checkpoint} to write the EMA weights into; they are in none")
             return
+        self.optimizer.train()  # an evaluation may have failed half-way
+        folder = ema_folder(kwargs["model"], checkpoint)
         with self.optimizer.swap_ema_weights():
-            save_model(kwargs["model"], os.path.join(checkpoint, "ema"))
+            save_model(kwargs["model"], folder)
         if kwargs.get("processing_class") is not None:
-            kwargs["processing_class"].save_pretrained(os.path.join(checkpoint, "ema"))
+            kwargs["processing_class"].save_pretrained(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the training weights in, or the EMA weights of the best checkpoint."""
@@ -208,16 +220,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _find_or_wrap(self, accelerated: Any, args: Any, state: Any) -> EMAOptimizer:
         _refuse_engines(accelerated, args)
-        inner = accelerated.optimizer
-        if isinstance(inner, TrainerEMAOptimizer) and inner.owner is not self:
+        found = accelerated.optimizer
+        if not isinstance(found, EMAOptimizer):
+            found = self._wrap(accelerated, state)
+        elif getattr(found, _BEGUN, None) is state:
             raise ValueError("the Trainer must have one EMACallback, got two: remove one of them")
-        if not isinstance(inner, EMAOptimizer):
-            inner = self._wrap(accelerated, state)
-        if isinstance(inner, TrainerEMAOptimizer):
-            inner.begin(state)
+        if isinstance(found, TrainerEMAOptimizer):
+            found.trainer_state = state
         else:
-            self._check_same_decay(inner, state)
-        return inner
+            self._check_same_decay(found, state)
+        setattr(found, _BEGUN, state)
+        take_over(found, state.global_step)
+        return found
 
     def _check_same_decay(self, found: EMAOptimizer, state: Any) -> None:
         wanted = self._decay(state)
@@ -239,7 +253,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _wrap(self, accelerated: Any, state: Any) -> EMAOptimizer:
         inner = accelerated.optimizer
         made = TrainerEMAOptimizer(inner, self._decay(state), **self.options)
-        made.owner = self
         accelerated.optimizer = made
         if accelerated.scaler is not None:
             # Accelerate has kept the inner optimizer's step to call it through the scaler.
@@ -251,7 +264,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _set_eval_swaps(self) -> None:
         if self.optimizer is not None:
-            in_model = bool(self._original) or self._holds_best
+            in_model = self._in_trained or self._holds_best
             self.optimizer._ema.eval_swaps = self.evaluate_with == "ema" and not in_model
 
 
