@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checkpoint, _names, _report, _restore, _swap
+from . import _checkpoint, _merged, _names, _report, _restore, _swap
 from ._buffers import AveragedBuffers, HeldBuffers
 from ._shadow import ShadowSet, no_autograd
 from ._slots import Group
@@ -114,9 +114,11 @@ class EMAModel:
         Whatever the block does to buffers is undone when it ends, averaged ones included.
 
         Raises:
-            RuntimeError: Inside ``use_ema()``.
+            RuntimeError: Inside ``use_ema()``. With merged LoRA adapters, and at the end of a block
+                that has left them merged (they are unmerged then).
         """
         self._refuse_in_block("use_ema()")
+        _merged.refuse_merged(self.model)
         groups = self._groups()
         _report.check_read(self._ema, groups, "swap")
         try:
@@ -126,10 +128,13 @@ class EMAModel:
             try:
                 yield
             finally:
+                undone = _merged.unmerge(self.model)
                 held.put_back()
         finally:
             self._ema.mode = "eval"
             _swap.leave_block(self._ema)
+        if undone:
+            _merged.raise_unmerged()
 
     def apply_ema(self) -> None:
         """Make the EMA weights the model's weights, one way (the EMA stays as it is).

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from ema_optim import EMACallback, EMAOptimizer
+from ema_optim import EMACallback, EMAModel, EMAOptimizer
 
 pytestmark = [
     # peft asks transformers for the state of gradient checkpointing under its former name.
@@ -364,3 +364,39 @@ def test_trainer_evaluates_the_ema_adapter_and_the_callback_exports_it(tmp_path)
     assert same(weights(model), training)
     loaded = PeftModel.from_pretrained(dense(), tmp_path / "best")
     assert trainer(loaded, tmp_path, []).evaluate()["eval_loss"] == evaluated
+
+
+def test_merge_left_at_the_end_of_use_ema_is_undone_and_raises():
+    model = adapt(dense())
+    ema = EMAModel(model, DECAY)
+    for _ in range(3):
+        with torch.no_grad():
+            [p.add_(torch.randn_like(p)) for p in model.parameters() if p.requires_grad]
+        ema.update()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="it was undone"), ema.use_ema():
+        model.merge_adapter()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-5)
+
+
+def test_use_ema_of_a_merged_adapter_raises():
+    model = adapt(dense())
+    ema = EMAModel(model, DECAY)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="unmerge_adapter"), ema.use_ema():
+        pass
+
+
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_trainer_ends_with_the_best_of_an_adapter_by_another_name(save_only_model, tmp_path):
+    model = adapt(dense())
+    torch.manual_seed(7)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=TARGETS))
+    model.set_adapter("b")
+    best = {"load_best_model_at_end": True, "save_only_model": save_only_model}
+    run = trainer(model, tmp_path, [EMACallback(DECAY)], **best)
+    run.train()
+    folder = os.path.join(run.state.best_model_checkpoint, "ema", "adapter", "b")
+    loaded = PeftModel.from_pretrained(dense(), folder)
+    assert torch.equal(logits(loaded), logits(model.eval()))

@@ -47,7 +47,9 @@ def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
 def _load_saved(model: Any, folder: str) -> None:
     """Load what ``save_model`` has written: for checkpoints without an optimizer."""
     if hasattr(model, "peft_config"):
-        model.load_adapter(folder, model.active_adapters[0])
+        for name in model.active_adapters:
+            own = os.path.join(folder, name)  # where save_pretrained puts all but "default"
+            model.load_adapter(own if os.path.isdir(own) else folder, name)
         return
     files = glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))
     if not files:

@@ -38,6 +38,7 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     elif shadow.trainer_step not in (None, global_step):
         _restore.Loaded({}).install(shadow)
     _carry.drop(groups)
+    shadow.trainer_step = None  # seen to; a later training begins at another step
     if global_step and not shadow.slots and "cold" not in shadow.warned:
         shadow.warned.add("cold")
         warn(

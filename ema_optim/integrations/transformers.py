@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .. import _names
+from .. import _merged, _names
 from .._config import check_tensor
 from .._shadow import ShadowSet, no_autograd
 from .._warnings import warn
@@ -79,8 +80,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.optimizer: EMAOptimizer | None = None
         self.model: nn.Module | None = None
         self._loaded: dict[str, Tensor] | None = None
-        self._original: dict[str, Tensor] = {}
-        self._in_trained = False  # whether apply_ema has put them into the trained model
+        self._original: dict[nn.Module, dict[str, Tensor]] = {}
         self._holds_best = False
 
     def apply_ema(self, model: nn.Module) -> None:
@@ -105,15 +105,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             )
         for name, value in state.items():
             check_tensor(f"the EMA of {name}", value, named[name])
-        if self._holds_best and not self._original:
+        if self._holds_best and model not in self._original:
             warn(
                 "apply_ema() replaces the EMA weights of the best checkpoint, which the Trainer "
                 "has loaded, by the last ones; restore_original(model) takes them out again"
             )
-        trained = set(self.optimizer._ema.slots if self.optimizer is not None else ())
-        self._in_trained = any(named[name] in trained for name in state)
-        if not self._original:
-            self._original = {name: named[name].detach().clone() for name in state}
+        held = {name: named[name].detach().clone() for name in state}
+        self._original.setdefault(model, held)
         _copy(state, named)
         self._set_eval_swaps()
 
@@ -125,8 +123,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.optimizer is not None and self.optimizer.swapped:
             self.optimizer.train()
-        _copy(self._original, _names.named_parameters(model))
-        self._original, self._in_trained = {}, False
+        _copy(self._original.pop(model, {}), _names.named_parameters(model))
         self._set_eval_swaps()
 
     def get_ema_state(self) -> dict[str, Tensor]:
@@ -164,19 +161,32 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the optimizer that the Trainer has made, or find its EMAOptimizer."""
+        if args.load_best_model_at_end and args.save_only_model and not self.save_ema:
+            raise ValueError(
+                "load_best_model_at_end must find the EMA weights in the checkpoint, got "
+                "save_only_model=True and save_ema=False: set one of them back"
+            )
         self.model = kwargs["model"]
         self.optimizer = self._find_or_wrap(kwargs["optimizer"], args, state)
         self.optimizer.train()  # an earlier evaluation may have failed half-way
-        self._original, self._in_trained, self._holds_best = {}, False, False
+        self._original, self._holds_best = {}, False
         self._set_eval_swaps()
         if self._loaded is not None and not state.global_step:
             self.optimizer.load_ema_state(self.model, self._loaded)
         self._loaded = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the training weights back."""
-        if self.optimizer is not None:
-            self.optimizer.train()
+        """Put the training weights back.
+
+        Raises:
+            RuntimeError: The evaluation has left LoRA adapters merged (they are unmerged then).
+        """
+        if self.optimizer is None:
+            return
+        undone = self.optimizer.swapped and self.model is not None and _merged.unmerge(self.model)
+        self.optimizer.train()
+        if undone:
+            _merged.raise_unmerged()
 
     on_predict = on_evaluate
 
@@ -228,22 +238,21 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if isinstance(found, TrainerEMAOptimizer):
             found.trainer_state = state
         else:
-            self._check_same_decay(found, state)
+            self._check_same(found, state)
         setattr(found, _BEGUN, state)
         take_over(found, state.global_step)
         return found
 
-    def _check_same_decay(self, found: EMAOptimizer, state: Any) -> None:
-        wanted = self._decay(state)
-        if (
-            self.decay is not None
-            and wanted != found._ema.decay
-            and not isinstance(found, TrainerEMAOptimizer)
-        ):
-            raise ValueError(
-                f"decay must be that of the EMAOptimizer which the Trainer was given "
-                f"({found._ema.decay}), got {wanted}: leave it out here, or set it there"
-            )
+    def _check_same(self, found: EMAOptimizer, state: Any) -> None:
+        given = {"decay": None if self.decay is None else self._decay(state), **self.options}
+        defaults = {"decay": None, "update_every": 1, "update_after_step": 0, "dtype": None}
+        for name, value in given.items():
+            own = getattr(found._ema, name)
+            if value != defaults[name] and not _equal(value, own):
+                raise ValueError(
+                    f"{name} must be that of the EMAOptimizer which the Trainer was given ({own}), "
+                    f"got {value}: leave it out here, or set it there"
+                )
 
     def _decay(self, state: Any) -> Decay:
         if self.decay == "auto":
@@ -263,9 +272,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         return made
 
     def _set_eval_swaps(self) -> None:
-        if self.optimizer is not None:
-            in_model = self._in_trained or self._holds_best
-            self.optimizer._ema.eval_swaps = self.evaluate_with == "ema" and not in_model
+        if self.optimizer is None:
+            return
+        trained = self.optimizer._ema.slots.keys()
+        applied = any(param in trained for model in self._original for param in model.parameters())
+        in_model = applied or self._holds_best  # what is to be evaluated is in the model already
+        self.optimizer._ema.eval_swaps = self.evaluate_with == "ema" and not in_model
 
 
 def _refuse_engines(accelerated: Any, args: Any) -> None:
@@ -278,6 +290,13 @@ def _refuse_engines(accelerated: Any, args: Any) -> None:
         )
     if getattr(args, "fsdp", None):
         raise RuntimeError("EMACallback under FSDP is not supported yet: use DDP")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    # The package's schedules are partial functions, which compare by identity.
+    if isinstance(one, partial) and isinstance(other, partial):
+        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
+    return bool(one == other)
 
 
 def _copy(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
