@@ -1,5 +1,7 @@
 """What a user may set, and what is said of a value that is out of its range."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -71,3 +73,11 @@ def check_tensor(what: str, value: object, param: Tensor) -> None:
             f"{what} must have shape {tuple(param.shape)} and fit {param.dtype}, got "
             f"{tuple(value.shape)} and {value.dtype}: it is damaged or another model's"
         )
+
+
+def same_option(one: object, other: object) -> bool:
+    """Whether two values of a constructor argument are equal."""
+    # The package's schedules are partial functions, which compare by identity.
+    if isinstance(one, partial) and isinstance(other, partial):
+        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
+    return bool(one == other)

@@ -218,6 +218,14 @@ def check_new_group(group: Group) -> None:
     check_options(group)
 
 
+def call_if_there(optimizer: Optimizer, name: str) -> None:
+    """Call a method that some optimizers have."""
+    # Schedule-free optimizers have eval() and train(); torch's own have neither.
+    method = getattr(optimizer, name, None)
+    if method is not None:
+        method()
+
+
 def ema_class(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
     """A subclass of ``base`` that builds its inner optimizer from ``(params, **kwargs)``."""
 

@@ -106,6 +106,28 @@ def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     shadow.mode = "train"
 
 
+def refuse_swapped(shadow: ShadowSet, what: str, also_after_eval: bool = True) -> None:
+    """Raise RuntimeError for what must not happen while the EMA weights are in."""
+    if shadow.mode == "block":
+        raise RuntimeError(f"{what} inside swap_ema_weights(): leave the block first")
+    if shadow.mode == "eval" and also_after_eval:
+        raise RuntimeError(f"{what} after eval(): call optimizer.train() first")
+
+
+def check_can_step(shadow: ShadowSet, groups: Sequence[Group], has_closure: bool) -> None:
+    """Raise RuntimeError where a step would be made at, or away from, the EMA weights."""
+    refuse_swapped(shadow, "step()")
+    if shadow.swapped and shadow.mode == "train":
+        raise RuntimeError("step() with the EMA weights still in: call optimizer.train() first")
+    if shadow.mode != "pending" or has_closure:
+        return
+    if any(param.grad is not None for group in groups for param in group["params"]):
+        raise RuntimeError(
+            "step() after loading a checkpoint written while swapped: the gradients were taken at "
+            "the EMA weights. Call optimizer.train() after loading, before the forward"
+        )
+
+
 def _exchange(slots: Slots) -> Exchange:
     return Exchange(_weights(slots), [slot.ema for slot in slots.values()])
 

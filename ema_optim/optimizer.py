@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _carry, _checkpoint, _names, _report, _restore, _swap
-from ._forwarding import ForwardingOptimizer, check_inner, check_new_group, ema_class
+from ._forwarding import (
+    ForwardingOptimizer,
+    call_if_there,
+    check_inner,
+    check_new_group,
+    ema_class,
+)
 from ._shadow import ShadowSet
 from ._slots import Group
 from ._state import StateView, replace_state
@@ -93,7 +99,8 @@ class EMAOptimizer(ForwardingOptimizer):
         return bool(self._ema.swapped)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        self._check_can_step(closure is not None)
+        _swap.check_can_step(self._ema, self.param_groups, closure is not None)
+        self._resolve_pending()
         plan = self._ema.begin_step(self.param_groups)
         # Not step(None): the inner may tell a missing closure from None.
         result = self.inner.step() if closure is None else self.inner.step(closure)
@@ -139,8 +146,7 @@ class EMAOptimizer(ForwardingOptimizer):
             yield
             return
         self._resolve_pending()
-        self._refuse_in("block", "nested swap_ema_weights(): leave the outer block first")
-        self._refuse_in("eval", "swap_ema_weights() after eval(): call optimizer.train() first")
+        _swap.refuse_swapped(self._ema, "swap_ema_weights()")
         try:
             # The mode first, on both sides: an interrupt may come between any two calls.
             self._ema.mode = "block"
@@ -157,7 +163,7 @@ class EMAOptimizer(ForwardingOptimizer):
         if self._ema.mode != "train":
             return
         # The inner optimizer first: schedule-free moves the weights it finds.
-        _call(self.inner, "eval")
+        call_if_there(self.inner, "eval")
         self._ema.mode = "eval"
         try:
             if self._ema.eval_swaps:
@@ -173,10 +179,10 @@ class EMAOptimizer(ForwardingOptimizer):
             RuntimeError: Inside ``swap_ema_weights()``: leaving the block puts them back.
         """
         self._resolve_pending()
-        self._refuse_in("block", "train() inside swap_ema_weights(): leave the block first")
+        _swap.refuse_swapped(self._ema, "train()", also_after_eval=False)
         if self._ema.mode == "eval" or self._ema.swapped:
             self._swap_out()
-        _call(self.inner, "train")
+        call_if_there(self.inner, "train")
 
     def apply_ema(self) -> None:
         """Make the EMA weights the training weights, one way (the EMA stays as it is).
@@ -226,8 +232,7 @@ class EMAOptimizer(ForwardingOptimizer):
             RuntimeError: The EMA weights are swapped in.
         """
         self._resolve_pending()
-        self._refuse_in("block", "load_ema_state() inside a swap: leave the block first")
-        self._refuse_in("eval", "load_ema_state() after eval(): call optimizer.train() first")
+        _swap.refuse_swapped(self._ema, "load_ema_state()")
         _names.load_ema_state(self._ema, self.param_groups, model, state, strict)
         self._mark_groups()
 
@@ -292,22 +297,6 @@ class EMAOptimizer(ForwardingOptimizer):
             _swap.resolve_pending(self._ema, self.param_groups)
             self._mark_groups()
 
-    def _check_can_step(self, has_closure: bool) -> None:
-        self._refuse_in("block", "step() inside swap_ema_weights(): leave the block first")
-        self._refuse_in("eval", "step() after eval(): call optimizer.train() before the forward")
-        if self._ema.swapped and self._ema.mode == "train":
-            raise RuntimeError("step() with the EMA weights still in: call optimizer.train() first")
-        if self._ema.mode == "pending" and not has_closure and _has_gradients(self.param_groups):
-            raise RuntimeError(
-                "step() after loading a checkpoint written while swapped: the gradients were taken "
-                "at the EMA weights. Call optimizer.train() after loading, before the forward"
-            )
-        self._resolve_pending()
-
-    def _refuse_in(self, mode: str, message: str) -> None:
-        if self._ema.mode == mode:
-            raise RuntimeError(message)
-
     def _was_skipped(self) -> bool:
         return bool(getattr(self.inner, "found_inf", None))
 
@@ -321,14 +310,3 @@ class EMAOptimizer(ForwardingOptimizer):
             _swap.leave_block(self._ema)
         finally:
             self._mark_groups()
-
-
-def _has_gradients(groups: list[Group]) -> bool:
-    return any(param.grad is not None for group in groups for param in group["params"])
-
-
-def _call(optimizer: Optimizer, name: str) -> None:
-    # Schedule-free optimizers have eval() and train(); torch's own have neither.
-    method = getattr(optimizer, name, None)
-    if method is not None:
-        method()

@@ -158,7 +158,11 @@ def test_interrupt_between_two_calls_never_lets_a_step_run_on_ema_weights(monkey
     [
         ("block", lambda o: o.step(), r"step\(\) inside swap_ema_weights\(\): leave the block"),
         ("block", lambda o: o.train(), r"train\(\) inside swap_ema_weights\(\): leave the block"),
-        ("block", lambda o: o.swap_ema_weights().__enter__(), "nested swap_ema_weights"),
+        (
+            "block",
+            lambda o: o.swap_ema_weights().__enter__(),
+            r"\(\) inside swap_ema_weights\(\)",
+        ),
         ("block", lambda o: o.load_ema_state(torch.nn.Linear(1, 1), {}), "leave the block"),
         ("eval", lambda o: o.step(), r"step\(\) after eval\(\): call optimizer.train\(\)"),
         ("eval", lambda o: o.swap_ema_weights().__enter__(), r"call optimizer.train\(\) first"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .._config import same_option
 from .._shadow import ShadowSet
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
@@ -169,7 +170,7 @@ def _wrap(optimizer: Optimizer, options: Mapping[str, Any]) -> EMAOptimizer:
     if not isinstance(optimizer, EMAOptimizer):
         return EMAOptimizer(optimizer, **options)
     for name, value in options.items():
-        if value != (own := getattr(optimizer._ema, name)):
+        if not same_option(value, own := getattr(optimizer._ema, name)):
             raise ValueError(
                 f"{name} must be that of the EMAOptimizer from configure_optimizers ({own}), got "
                 f"{value}: leave it out of EMAWeights, or return the inner optimizer"

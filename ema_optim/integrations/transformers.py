@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import _merged, _names
-from .._config import check_tensor
+from .._config import check_tensor, same_option
 from .._shadow import ShadowSet, no_autograd
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
@@ -248,7 +247,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         defaults = {"decay": None, "update_every": 1, "update_after_step": 0, "dtype": None}
         for name, value in given.items():
             own = getattr(found._ema, name)
-            if value != defaults[name] and not _equal(value, own):
+            if value != defaults[name] and not same_option(value, own):
                 raise ValueError(
                     f"{name} must be that of the EMAOptimizer which the Trainer was given ({own}), "
                     f"got {value}: leave it out here, or set it there"
@@ -290,13 +289,6 @@ def _refuse_engines(accelerated: Any, args: Any) -> None:
         )
     if getattr(args, "fsdp", None):
         raise RuntimeError("EMACallback under FSDP is not supported yet: use DDP")
-
-
-def _equal(one: Any, other: Any) -> bool:
-    # The package's schedules are partial functions, which compare by identity.
-    if isinstance(one, partial) and isinstance(other, partial):
-        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
-    return bool(one == other)
 
 
 def _copy(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
