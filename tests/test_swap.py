@@ -262,10 +262,11 @@ def test_parameters_that_came_to_share_memory_in_training_are_restored():
     with optimizer.swap_ema_weights():
         pass
     params[1].data = params[0].data
-    weights = copies(params)
+    weights, averages = copies(params), emas(optimizer)
     with optimizer.swap_ema_weights():
         pass
     assert same(copies(params), weights)
+    assert same(emas(optimizer), averages)
 
 
 def test_neighbours_in_one_storage_are_exchanged_in_place():
