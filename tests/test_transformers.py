@@ -1236,3 +1236,15 @@ def test_missing_package_is_an_import_error_with_the_pip_command(missing, entran
     run = run_python(code)
     assert "ImportError" in run.stderr.splitlines()[-1]
     assert 'pip install "ema_optim[transformers]"' in run.stderr
+
+
+@pytest.mark.parametrize("evaluate", [None, 2, 4])
+def test_schedule_free_training_ends_and_is_saved_as_without_the_callback(tmp_path, evaluate):
+    options = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}
+    models = []
+    for name, callbacks in (("a", []), ("b", [EMACallback(DECAY)])):
+        trainer = fit(llama(), tmp_path / name, *callbacks, **options, **saves(4, evaluate))
+        models.append(weights(trainer.model))
+    assert same(*models)
+    one, other = (tmp_path / name / "checkpoint-4/model.safetensors" for name in "ab")
+    assert one.read_bytes() == other.read_bytes()

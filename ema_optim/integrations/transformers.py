@@ -183,7 +183,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self.optimizer is None:
             return
         undone = self.optimizer.swapped and self.model is not None and _merged.unmerge(self.model)
-        self.optimizer.train()
+        self._put_back()
         if undone:
             _merged.raise_unmerged()
 
@@ -209,7 +209,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if not os.path.isdir(checkpoint):
             warn(f"there is no {checkpoint} to write the EMA weights into; they are in none")
             return
-        self.optimizer.train()  # an evaluation may have failed half-way
+        self._put_back()  # an evaluation may have failed half-way
         folder = ema_folder(kwargs["model"], checkpoint)
         with self.optimizer.swap_ema_weights():
             save_model(kwargs["model"], folder)
@@ -220,12 +220,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """Leave the training weights in, or the EMA weights of the best checkpoint."""
         if self.optimizer is None:
             return
-        self.optimizer.train()
+        self._put_back()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and self.evaluate_with == "ema":
             load_best(self.optimizer, kwargs["model"], best)
             self._holds_best = True
             self._set_eval_swaps()
+
+    def _put_back(self) -> None:
+        # Not train(): that would also put a schedule-free optimizer's training weights into the
+        # model, where a run without the callback still has those of its eval().
+        if self.optimizer is not None and self.optimizer._ema.mode == "eval":
+            self.optimizer._swap_out()
 
     def _find_or_wrap(self, accelerated: Any, args: Any, state: Any) -> EMAOptimizer:
         _refuse_engines(accelerated, args)
