@@ -191,15 +191,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the EMA's decay and its distance from the weights."""
-        if (
-            self.optimizer is None
-            or logs is None
-            or not self.optimizer.ema_metrics()["ema_updates"]
-        ):
+        if self.optimizer is None or logs is None:
             return
         metrics = self.optimizer.ema_metrics()
-        for entry in (logs, state.log_history[-1] if state.log_history else {}):
-            entry.update({key: metrics[key] for key in ("ema_decay", "ema_distance")})
+        if not metrics["ema_updates"]:
+            return
+        shown = {key: metrics[key] for key in ("ema_decay", "ema_distance")}
+        logs.update(shown)
+        if state.log_history:  # the entry that the Trainer has just made of the same logs
+            state.log_history[-1].update(shown)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the EMA weights beside the checkpoint that was just written."""
