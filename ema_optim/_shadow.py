@@ -62,9 +62,7 @@ class ShadowSet:
         self.slots: dict[Tensor, Slot] = {}
         self.swapped: dict[Tensor, Slot] = {}  # whose EMA weights are in the parameter now
         self.mode = "train"  # "train", "block", "eval" or "pending"
-        self.eval_swaps = (
-            True  # False: eval() leaves the weights that are in, as a trainer may want
-        )
+        self.eval_swaps = True  # whether eval() swaps; a trainer may have put the EMA in already
         self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
         self.warned: set[str] = set()
         self._cache: Cache | None = None

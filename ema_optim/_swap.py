@@ -30,8 +30,9 @@ def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     with no_autograd():
         exchange = _exchange({p: s for p, s in counted.items() if p not in parking})
         try:
-            for param, slot in parking.items():
-                slot.parked = param.detach().clone()
+            for param, slot in counted.items():
+                # None also where an interrupt has left an old copy: it would be put back.
+                slot.parked = param.detach().clone() if param in parking else None
             copy_(_weights(parking), [slot.ema for slot in parking.values()])
             exchange.run()
             shadow.swapped = counted

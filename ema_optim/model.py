@@ -128,8 +128,10 @@ class EMAModel:
             try:
                 yield
             finally:
-                undone = _merged.unmerge(self.model)
-                held.put_back()
+                try:
+                    undone = _merged.unmerge(self.model)
+                finally:
+                    held.put_back()
         finally:
             self._ema.mode = "eval"
             _swap.leave_block(self._ema)

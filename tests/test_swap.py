@@ -269,6 +269,16 @@ def test_parameters_that_came_to_share_memory_in_training_are_restored():
     assert same(emas(optimizer), averages)
 
 
+def test_a_copy_that_an_interrupt_has_left_behind_is_not_put_back():
+    params, optimizer = trained()
+    for slot in optimizer._ema.slots.values():
+        slot.parked = torch.zeros(6, 5)
+    weights = copies(params)
+    with optimizer.swap_ema_weights():
+        pass
+    assert same(copies(params), weights)
+
+
 def test_neighbours_in_one_storage_are_exchanged_in_place():
     memory = torch.randn(10)
     params = [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[5:])]

@@ -48,12 +48,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         update_after_step: Optimizer steps until averaging begins. Default 0.
         evaluate_with: "ema" or "training", the weights that evaluation and prediction use.
         save_ema: Whether every checkpoint gets a folder ``checkpoint-N/ema`` that
-            ``from_pretrained`` deploys (an adapter folder with PEFT). Default True.
+            ``from_pretrained`` deploys (with PEFT ``checkpoint-N/ema/adapter``). Default True.
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
 
     Raises:
         ValueError, TypeError: An argument is out of its range. At the start of the training also:
-            ``decay`` is not that of the Trainer's own ``EMAOptimizer``.
+            it is not that of the Trainer's own ``EMAOptimizer``, there are two callbacks, or the
+            best checkpoint would hold no EMA weights to load.
     """
 
     def __init__(
@@ -142,7 +143,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """Take the EMA weights that ``get_ema_state`` returned.
 
         ``apply_ema(model)`` then works without any training, and a training that starts goes on
-        averaging into them. The names are checked against the model there.
+        averaging into them (one that resumes takes its checkpoint's instead). The names are
+        checked against the model there.
 
         Args:
             state: Tensors by parameter name.
