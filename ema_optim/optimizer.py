@@ -7,8 +7,7 @@ and this class forwards to both. It composes and does not share: torch replaces 
 ``param_groups`` on every load, so both are looked up where they live.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,21 +15,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _carry, _checkpoint, _names, _report, _restore, _swap
-from ._forwarding import (
-    ForwardingOptimizer,
-    call_if_there,
-    check_inner,
-    check_new_group,
-    ema_class,
-)
+from ._forwarding import check_inner, check_new_group, ema_class
 from ._shadow import ShadowSet
 from ._slots import Group
 from ._state import StateView, replace_state
+from ._swapping import SwappingOptimizer
 from ._warnings import warn
 from .schedules import Decay
 
 
-class EMAOptimizer(ForwardingOptimizer):
+class EMAOptimizer(SwappingOptimizer):
     r"""Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
 
     .. math::
@@ -93,11 +87,6 @@ class EMAOptimizer(ForwardingOptimizer):
     def state(self, value: Mapping[Any, Any]) -> None:
         replace_state(self.state, value)
 
-    @property
-    def swapped(self) -> bool:
-        """Whether the EMA weights are in the parameters now."""
-        return bool(self._ema.swapped)
-
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         _swap.check_can_step(self._ema, self.param_groups, closure is not None)
         self._resolve_pending()
@@ -127,71 +116,6 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         check_new_group(param_group)
         self.inner.add_param_group(param_group)
-        self._mark_groups()
-
-    @contextmanager
-    def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
-        """Exchange training weights and EMA weights for a block, and back, also on an exception.
-
-        Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory:
-        at most 4 MiB where the EMA has the parameter's dtype, else one copy in that dtype.
-
-        Args:
-            enabled: False makes the block an ordinary one.
-
-        Raises:
-            RuntimeError: The EMA weights are swapped in already.
-        """
-        if not enabled:
-            yield
-            return
-        self._resolve_pending()
-        _swap.refuse_swapped(self._ema, "swap_ema_weights()")
-        try:
-            # The mode first, on both sides: an interrupt may come between any two calls.
-            self._ema.mode = "block"
-            self._swap_in()
-            yield
-        finally:
-            if self._ema.mode == "block":  # else a load inside the block has replaced the EMA
-                self._ema.mode = "eval"
-                self._swap_out()
-
-    def eval(self) -> None:
-        """Put the EMA weights in until ``train()``; a no-op after ``eval()`` or inside a block."""
-        self._resolve_pending()
-        if self._ema.mode != "train":
-            return
-        # The inner optimizer first: schedule-free moves the weights it finds.
-        call_if_there(self.inner, "eval")
-        self._ema.mode = "eval"
-        try:
-            if self._ema.eval_swaps:
-                self._swap_in()
-        except BaseException:
-            self.train()
-            raise
-
-    def train(self) -> None:
-        """Put the training weights back; a no-op when they are in.
-
-        Raises:
-            RuntimeError: Inside ``swap_ema_weights()``: leaving the block puts them back.
-        """
-        self._resolve_pending()
-        _swap.refuse_swapped(self._ema, "train()", also_after_eval=False)
-        if self._ema.mode == "eval" or self._ema.swapped:
-            self._swap_out()
-        call_if_there(self.inner, "train")
-
-    def apply_ema(self) -> None:
-        """Make the EMA weights the training weights, one way (the EMA stays as it is).
-
-        Inside a swap nothing is swapped back then.
-        """
-        self._resolve_pending()
-        _report.check_read(self._ema, self.param_groups, "export")
-        _swap.apply(self._ema, self.param_groups)
         self._mark_groups()
 
     def get_ema_state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -288,25 +212,5 @@ class EMAOptimizer(ForwardingOptimizer):
         """For pickle and deepcopy. Hooks and patches of ``step`` stay behind, as with torch."""
         return {**super().__getstate__(), "_ema": self._ema}
 
-    def _mark_groups(self) -> None:
-        for group in self.param_groups:
-            group.update(_checkpoint.marks(self._ema))
-
-    def _resolve_pending(self) -> None:
-        if self._ema.mode == "pending":
-            _swap.resolve_pending(self._ema, self.param_groups)
-            self._mark_groups()
-
     def _was_skipped(self) -> bool:
         return bool(getattr(self.inner, "found_inf", None))
-
-    def _swap_in(self) -> None:
-        _report.check_read(self._ema, self.param_groups, "swap")
-        _swap.swap_in(self._ema, self.param_groups)
-        self._mark_groups()
-
-    def _swap_out(self) -> None:
-        try:
-            _swap.leave_block(self._ema)
-        finally:
-            self._mark_groups()

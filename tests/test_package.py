@@ -55,7 +55,7 @@ ORDER = [
     ["_swap", "_checkpoint", "_names", "_report"],
     ["_restore", "_state", "_buffers"],
     ["_carry", "_forwarding"],
-    ["_strip"],
+    ["_strip", "_swapping"],
     ["optimizer", "model"],
     ["__init__"],
 ]
