@@ -3,8 +3,9 @@
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._sharding import check_layout
 from ._slots import Group
 from .schedules import check_decay
 
@@ -55,6 +56,13 @@ def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def check_module(module: nn.Module | None) -> nn.Module | None:
+    """Return ``module`` if it is one or None; raise TypeError."""
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module or None, got {type(module)}")
+    return module
+
+
 def check_options(group: Group) -> None:
     """Raise TypeError or ValueError for a param group's own EMA options."""
     if group.get("ema_decay") is not None:
@@ -73,6 +81,7 @@ def check_tensor(what: str, value: object, param: Tensor) -> None:
             f"{what} must have shape {tuple(param.shape)} and fit {param.dtype}, got "
             f"{tuple(value.shape)} and {value.dtype}: it is damaged or another model's"
         )
+    check_layout(what, value, param)
 
 
 def same_option(one: object, other: object) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from ._config import check_options
+from ._sharding import refuse_flat
 from ._slots import Group
 
 _HOOKS = (
@@ -205,6 +206,7 @@ def check_inner(optimizer: Optimizer) -> None:
         raise ValueError("optimizer must have parameters, got only empty param groups")
     for group in optimizer.param_groups:
         check_options(group)
+        refuse_flat(group["params"])
 
 
 def check_new_group(group: Group) -> None:

@@ -5,13 +5,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ._sharding import local
+
 
 def shared_memory(tensors: Iterable[Tensor]) -> set[Tensor]:
     """The tensors whose memory ranges overlap with another's."""
     by_device: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
     for tensor in tensors:
-        if tensor.numel():
-            by_device.setdefault(tensor.device, []).append((*_bytes(tensor), tensor))
+        if local(tensor).numel():
+            by_device.setdefault(tensor.device, []).append((*_bytes(local(tensor)), tensor))
     shared: set[Tensor] = set()
     for spans in by_device.values():
         spans.sort(key=lambda span: span[0])

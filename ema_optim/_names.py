@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ._config import check_tensor
 from ._shadow import ShadowSet, no_autograd
+from ._sharding import local, reshard_model
 from ._slots import Group, Slot
 
 
@@ -36,6 +37,7 @@ def unique(named: Mapping[str, Tensor]) -> dict[Tensor, str]:
 def ema_state(shadow: ShadowSet, groups: Sequence[Group], model: nn.Module) -> dict[str, Tensor]:
     """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
     members = set(shadow.members(groups))
+    reshard_model(model)
     names = {n: t for n, t in _named_tensors(model).items() if t in members}
     with no_autograd():
         state = {n: shadow.place(t, shadow.ema_of(t)) for t, n in unique(names).items()}
@@ -56,6 +58,7 @@ def load_ema_state(
 ) -> None:
     """Make ``state`` the EMA; everything is checked before anything changes."""
     shadow.settle()
+    reshard_model(model)
     named = _named_tensors(model)
     members = set(shadow.members(groups))
     found = {_known(name, named): value for name, value in state.items()}
@@ -102,7 +105,7 @@ def _check_tied(found: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> Non
     first: dict[Tensor, str] = {}
     for name in found:
         other = first.setdefault(named[name], name)
-        if not torch.equal(found[name], found[other]):
+        if other != name and not torch.equal(local(found[name]), local(found[other])):
             raise ValueError(
                 f"{name} and {other} are tied and must have one EMA, got two different ones"
             )

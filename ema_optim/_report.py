@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ._shadow import ShadowSet, no_autograd
+from ._sharding import by_spread, locals_of, sum_over_ranks
 from ._slots import Group, Slot
-from ._update import non_finite, relative_distance
+from ._update import non_finite, relative_distance, squared_norms
 from ._warnings import warn
 
 # With this much of the initial weights left in it, an EMA is worse than the training weights more
@@ -17,17 +20,24 @@ def metrics(shadow: ShadowSet, groups: Sequence[Group]) -> dict[str, float]:
     """The health of the EMA as floats, ready for a logger."""
     params = shadow.members(groups)
     decay = shadow.decay_in_force(groups)
-    with no_autograd():
-        distance = relative_distance(
-            [shadow.ema_of(param) for param in params], [shadow.weights_of(p) for p in params]
-        )
     return {
         "ema_decay": decay,
         "ema_updates": float(updates_made(shadow)),
         "ema_window": math.inf if decay == 1.0 else 1.0 / (1.0 - decay),
         "ema_initial_share": max((s.share for s in shadow.counted(groups).values()), default=1.0),
-        "ema_distance": distance,
+        "ema_distance": _distance(shadow, params),
     }
+
+
+def _distance(shadow: ShadowSet, params: Sequence[Tensor]) -> float:
+    squares = []
+    with no_autograd():
+        for spread, members in by_spread(params).items():
+            emas = locals_of(shadow.ema_of(param) for param in members)
+            weights = locals_of(shadow.weights_of(param) for param in members)
+            for norms in squared_norms(emas, weights):
+                squares.append(sum_over_ranks(norms, spread).tolist())
+    return relative_distance(squares)
 
 
 def updates_made(shadow: ShadowSet) -> int:
@@ -49,7 +59,7 @@ def check_read(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
         shadow.warned.add(kind)
         _warn_initial_share(shadow, groups, worst)
     with no_autograd():
-        bad = non_finite([shadow.ema_of(param) for param in counted])
+        bad = non_finite(locals_of(shadow.ema_of(param) for param in counted))
     if bad:
         warn(
             f"{len(bad)} of {len(counted)} EMA tensors hold NaN or infinite values: the training "

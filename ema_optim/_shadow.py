@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._config import check_count, check_dtype, check_group_decay, ema_dtype
+from ._config import check_count, check_dtype, check_group_decay, check_module, ema_dtype
 from ._memory import shared_memory
+from ._sharding import is_sharded, local, part_for, refuse_flat
 from ._slots import Bucket, Cache, Group, Slot, group_options, place_of
 from ._update import copy_, ema_update_
 from .schedules import Decay, check_decay, decay_factor, initial_share
@@ -41,6 +42,7 @@ class ShadowSet:
         update_after_step: Optimizer steps until averaging begins.
         dtype: How an EMA tensor is stored; None is fp32 for every narrower float, else the
             parameter's own dtype.
+        module: The module that holds the FSDP2 modules, where they are not found by themselves.
         reseeds: Whether the first average begins at the weights of the moment before it, or (where
             the steps are not seen) at those of the birth.
     """
@@ -51,12 +53,14 @@ class ShadowSet:
         update_every: int,
         update_after_step: int,
         dtype: torch.dtype | None,
+        module: nn.Module | None = None,
         reseeds: bool = True,
     ) -> None:
         self.decay = check_decay(decay)
         self.update_every = check_count("update_every", update_every, least=1)
         self.update_after_step = check_count("update_after_step", update_after_step, least=0)
         self.dtype = check_dtype(dtype)
+        self.module = check_module(module)
         self.reseeds = reseeds
         self.step = 0  # counted optimizer steps
         self.slots: dict[Tensor, Slot] = {}
@@ -92,7 +96,7 @@ class ShadowSet:
             for bucket in buckets:
                 if bucket.updates(self.step) == 0:
                     with no_autograd():
-                        copy_(bucket.emas, bucket.params)
+                        copy_(bucket.emas, bucket.weights())
         if self.step == 0 and _is_dry(groups):
             return None
         tick = self.step + 1 - self.update_after_step
@@ -106,7 +110,7 @@ class ShadowSet:
             return
         with no_autograd():
             for bucket, factor in plan:
-                ema_update_(bucket.emas, bucket.params, factor)
+                ema_update_(bucket.emas, bucket.weights(), factor)
                 bucket.share *= factor
         self.step += 1
 
@@ -189,6 +193,7 @@ class ShadowSet:
 
     def birth(self, param: Tensor) -> Slot:
         """A new slot that holds the parameter's weights, in the EMA's dtype and its strides."""
+        refuse_flat([param])
         with no_autograd():
             return Slot(self.place(param, param))
 
@@ -211,7 +216,8 @@ class ShadowSet:
         """A copy of ``value`` as the EMA of ``param`` is stored: dtype, device and strides."""
         dtype = ema_dtype(param.dtype, self.dtype)
         ema = torch.empty_like(param, dtype=dtype, requires_grad=False)
-        return ema.copy_(value.detach())
+        local(ema).copy_(part_for(param, value.detach()))
+        return ema
 
     def decay_in_force(self, groups: Sequence[Group]) -> float:
         """The decay of one step now: that of the first group with an EMA."""
@@ -265,11 +271,12 @@ class ShadowSet:
                     continue
                 seen.add(param)
                 start = max(self.step, self.update_after_step) - slot.updates
-                key = (place_of(param), place_of(slot.ema), decay, start, slot.share)
+                sharded = is_sharded(param)
+                key = (place_of(param), place_of(slot.ema), decay, start, slot.share, sharded)
                 source = self.decay if decay is None else decay
-                bucket = buckets.setdefault(key, Bucket(source, start, slot.share))
+                bucket = buckets.setdefault(key, Bucket(source, start, slot.share, sharded))
                 bucket.params.append(param)
-                bucket.emas.append(slot.ema)
+                bucket.emas.append(local(slot.ema))
                 bucket.slots.append(slot)
         return list(buckets.values())
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._sharding import local_parts
 from .schedules import Decay
 
 Group = dict[str, Any]
@@ -36,14 +37,21 @@ class Slot:
 
 @dataclass(eq=False, slots=True)
 class Bucket:
-    """Slots that one multi-tensor call can update: same devices, dtypes, decay and counter."""
+    """Slots that one multi-tensor call can update: same devices, dtypes, decay and counter.
+
+    ``emas`` are the tensors of this rank; ``weights()`` are their weights.
+    """
 
     decay: Decay
     start: int
     share: float
+    sharded: bool = False
     params: list[Tensor] = field(default_factory=list)
     emas: list[Tensor] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+
+    def weights(self) -> list[Tensor]:
+        return local_parts(self.params) if self.sharded else self.params
 
     def updates(self, step: int) -> int:
         return max(0, step - self.start)

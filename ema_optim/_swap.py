@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._shadow import ShadowSet, no_autograd
+from ._sharding import holds_on_all_ranks, local, reshard
 from ._slots import Group, Slot
 from ._update import Exchange, copy_
 from .schedules import decay_factor
@@ -25,6 +26,7 @@ Slots = dict[Tensor, Slot]
 def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     """Put the EMA weights into the parameters. An error on the way changes nothing."""
     counted = shadow.counted(groups)
+    reshard(counted, shadow.module)
     shadow.look_at_memory()
     parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
     with no_autograd():
@@ -33,7 +35,7 @@ def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
             for param, slot in counted.items():
                 # None also where an interrupt has left an old copy: it would be put back.
                 slot.parked = param.detach().clone() if param in parking else None
-            copy_(_weights(parking), [slot.ema for slot in parking.values()])
+            copy_(_weights(parking), _emas(parking))
             exchange.run()
             shadow.swapped = counted
         except BaseException:
@@ -46,17 +48,18 @@ def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
 def swap_out(shadow: ShadowSet) -> None:
     """Put the training weights back. An error on the way leaves the EMA weights in."""
     swapped = shadow.swapped
+    reshard(swapped, shadow.module)
     parking = {p: s for p, s in swapped.items() if s.parked is not None}
     with no_autograd():
         exchange = _exchange({p: s for p, s in swapped.items() if p not in parking})
         try:
             exchange.run()
-            copy_(_weights(parking), [s.parked for s in parking.values() if s.parked is not None])
+            copy_(_weights(parking), _parked(parking))
             shadow.swapped = {}
         except BaseException:
             shadow.swapped = swapped
             exchange.undo()
-            copy_(_weights(parking), [slot.ema for slot in parking.values()])
+            copy_(_weights(parking), _emas(parking))
             raise
     for slot in parking.values():
         slot.parked = None
@@ -78,10 +81,11 @@ def apply(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     with no_autograd():
         if not shadow.swapped:
             counted = shadow.counted(groups)
-            copy_(_weights(counted), [slot.ema for slot in counted.values()])
+            reshard(counted, shadow.module)
+            copy_(_weights(counted), _emas(counted))
             return
         exchanged = {p: s for p, s in shadow.swapped.items() if s.parked is None}
-        copy_([slot.ema for slot in exchanged.values()], _weights(exchanged))
+        copy_(_emas(exchanged), _weights(exchanged))
     forgotten, shadow.swapped = shadow.swapped, {}
     for slot in forgotten.values():
         slot.parked = None
@@ -130,11 +134,19 @@ def check_can_step(shadow: ShadowSet, groups: Sequence[Group], has_closure: bool
 
 
 def _exchange(slots: Slots) -> Exchange:
-    return Exchange(_weights(slots), [slot.ema for slot in slots.values()])
+    return Exchange(_weights(slots), _emas(slots))
 
 
 def _weights(slots: Slots) -> list[Tensor]:
-    return [param.detach() for param in slots]
+    return [local(param).detach() for param in slots]
+
+
+def _emas(slots: Slots) -> list[Tensor]:
+    return [local(slot.ema) for slot in slots.values()]
+
+
+def _parked(slots: Slots) -> list[Tensor]:
+    return [local(slot.parked) for slot in slots.values() if slot.parked is not None]
 
 
 def _unpark(parking: Slots) -> None:
@@ -146,7 +158,8 @@ def _unpark(parking: Slots) -> None:
 
 def _all_equal(swapped: Slots) -> bool:
     kept = ((p, s.ema if s.parked is None else s.parked) for p, s in swapped.items())
-    return all(torch.equal(param.detach(), weights) for param, weights in kept)
+    equal = all(torch.equal(local(param), local(weights)) for param, weights in kept)
+    return holds_on_all_ranks(swapped, equal)
 
 
 def _forgets_all(shadow: ShadowSet, groups: Sequence[Group]) -> bool:

@@ -110,10 +110,19 @@ def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def relative_distance(emas: list[Tensor], weights: list[Tensor]) -> float:
-    """``||ema - weights|| / ||weights||`` over all tensors together, summed in double precision."""
-    gap = _sum_of_squares(_differences(emas, weights))
-    size = _sum_of_squares(weights)
+def squared_norms(emas: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """``[||ema - weights||**2, ||weights||**2]`` over all tensors together, in double precision.
+
+    Returns:
+        One tensor of the two numbers for each device.
+    """
+    gaps, sizes = _sums_of_squares(_differences(emas, weights)), _sums_of_squares(weights)
+    return [torch.stack([gap, sizes[device]]) for device, gap in gaps.items()]
+
+
+def relative_distance(squares: Sequence[Sequence[float]]) -> float:
+    """``||ema - weights|| / ||weights||`` from pairs of squared norms that are to be added up."""
+    gap, size = (math.fsum(column) for column in zip((0.0, 0.0), *squares, strict=True))
     if size == 0.0:
         return 0.0 if gap == 0.0 else math.inf
     return math.sqrt(gap / size)
@@ -138,13 +147,13 @@ def _differences(emas: list[Tensor], weights: list[Tensor]) -> Iterator[Tensor]:
             yield ema - weight
 
 
-def _sum_of_squares(tensors: Iterable[Tensor]) -> float:
+def _sums_of_squares(tensors: Iterable[Tensor]) -> dict[torch.device, Tensor]:
     sums: dict[torch.device, Tensor] = {}
     for tensor in tensors:
         for (piece,) in _pieces((tensor,)):
             square = torch.linalg.vector_norm(piece, dtype=_double(piece)).square().real
             sums[piece.device] = sums.get(piece.device, 0.0) + square
-    return math.fsum(float(total) for total in sums.values())
+    return sums
 
 
 def _double(tensor: Tensor) -> torch.dtype:

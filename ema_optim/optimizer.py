@@ -47,9 +47,12 @@ class EMAOptimizer(SwappingOptimizer):
         dtype: How an EMA tensor is stored: ``torch.float32`` or ``torch.float64``. Default None:
             fp32 for every narrower float, else the parameter's own dtype. A narrower EMA would
             stop moving: at decay 0.999 its steps are below half of bf16's rounding.
+        module: The model, to name the FSDP2 modules that own the parameters. Default None: they
+            are found by themselves.
 
     Raises:
-        TypeError: ``optimizer`` is no ``torch.optim.Optimizer`` or an EMAOptimizer already.
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, an EMAOptimizer already, or holds
+            the flat parameters of FSDP1.
         ValueError: A value is out of its range, or no group has a parameter.
 
     Example:
@@ -69,9 +72,10 @@ class EMAOptimizer(SwappingOptimizer):
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         check_inner(optimizer)
-        shadow = ShadowSet(decay, update_every, update_after_step, dtype)
+        shadow = ShadowSet(decay, update_every, update_after_step, dtype, module)
         if _checkpoint.clear_reserved(optimizer):
             shadow.warned.add("cold")
         super().__init__(optimizer)

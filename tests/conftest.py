@@ -1,5 +1,6 @@
 import pytest
 import torch
+from ranks import stop_pools
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +10,9 @@ def _one_seed_and_one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_processes_left():
+    yield
+    stop_pools()

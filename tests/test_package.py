@@ -48,8 +48,8 @@ def test_schedules_import_only_mathematics():
 
 
 ORDER = [
-    ["schedules", "_warnings", "_memory", "_merged"],
-    ["_update", "_slots"],
+    ["schedules", "_warnings", "_sharding", "_merged"],
+    ["_update", "_slots", "_memory"],
     ["_config"],
     ["_shadow"],
     ["_swap", "_checkpoint", "_names", "_report"],
