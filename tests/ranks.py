@@ -10,8 +10,10 @@ import importlib
 import inspect
 import sys
 import tempfile
+import time
 import traceback
 import warnings
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,8 @@ def on_ranks(*sizes):
 
 def run_on(world, body, **arguments):
     """Run a function of a test module on every rank of a group."""
-    pool_of(world).run(Path(inspect.getfile(body)).stem, body.__name__, arguments)
+    if failures := pool_of(world).attempt(body, arguments):
+        pytest.fail("\n".join(failures), pytrace=False)
 
 
 @functools.cache
@@ -74,22 +77,26 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, module, name, arguments):
+    def attempt(self, body, arguments):
+        """Run a function on every rank and return what went wrong."""
         if not self.processes:
             self.start()
         for pipe in self.pipes:
-            pipe.send((module, name, arguments))
-        failures = [f"rank {rank}: {text}" for rank, text in enumerate(self.answers()) if text]
+            pipe.send((Path(inspect.getfile(body)).stem, body.__name__, arguments))
+        failures = self.failures()
         if failures:
             self.stop()
-            pytest.fail("\n".join(failures), pytrace=False)
+        return failures
 
-    def answers(self):
-        for pipe in self.pipes:
-            try:
-                yield pipe.recv() if pipe.poll(SECONDS) else f"no answer in {SECONDS} s"
-            except EOFError:
-                yield "the process has died"
+    def failures(self):
+        silent, found = dict(enumerate(self.pipes)), []
+        end = time.monotonic() + SECONDS
+        while silent and (ready := wait(silent.values(), max(0, end - time.monotonic()))):
+            for rank in [rank for rank, pipe in silent.items() if pipe in ready]:
+                if text := answer(silent.pop(rank)):
+                    found.append(f"rank {rank}: {text}")
+                    end = min(end, time.monotonic() + 5)  # the others may wait for it for ever
+        return found + [f"rank {rank}: no answer" for rank in silent]
 
     def stop(self):
         for process in self.processes:
@@ -98,6 +105,13 @@ class Pool:
         if self.processes:
             self.store.cleanup()
         self.pipes, self.processes = [], []
+
+
+def answer(pipe):
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return "the process has died"
 
 
 def serve(rank, world, store, pipe):

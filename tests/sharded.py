@@ -77,3 +77,13 @@ def whole_ema(optimizer, model):
 
 def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def lerp_of(model, optimizer, steps, dtype=torch.float32):
+    """The EMA of the whole weights, averaged one tensor at a time beside the run."""
+    emas = {name: weights.to(dtype) for name, weights in whole_weights(model).items()}
+    for step in steps:
+        train(model, optimizer, [step])
+        weights = whole_weights(model)
+        emas = {n: torch.lerp(e, weights[n].to(dtype), 1 - DECAY) for n, e in emas.items()}
+    return emas

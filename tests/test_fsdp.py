@@ -11,6 +11,7 @@ from sharded import (
     WAYS,
     batch,
     equal,
+    lerp_of,
     mesh_of,
     optimizer_of,
     outputs,
@@ -31,16 +32,6 @@ from ema_optim import EMAModel, EMAOptimizer
 
 ways = pytest.mark.parametrize("way", WAYS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-def lerp_of(model, optimizer, steps, dtype=torch.float32):
-    """The EMA of the whole weights, averaged one tensor at a time beside the run."""
-    emas = {name: weights.to(dtype) for name, weights in whole_weights(model).items()}
-    for step in steps:
-        train(model, optimizer, [step])
-        weights = whole_weights(model)
-        emas = {n: torch.lerp(e, weights[n].to(dtype), 1 - DECAY) for n, e in emas.items()}
-    return emas
 
 
 def loaded(weights):
