@@ -15,8 +15,10 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Parameters under the names of the bare model, every name of a tied one.
 
     ``torch.compile`` and the data-parallel wrappers prefix every name (``_orig_mod.``,
-    ``module.``); a file with such names loads into nothing.
+    ``module.``); a file with such names loads into nothing. FSDP2 shows gathered weights in place
+    of parameters until they are given back.
     """
+    reshard_model(model)
     named = _unwrap(model).named_parameters(remove_duplicate=False)
     return {_clean(name): param for name, param in named}
 
@@ -37,7 +39,6 @@ def unique(named: Mapping[str, Tensor]) -> dict[Tensor, str]:
 def ema_state(shadow: ShadowSet, groups: Sequence[Group], model: nn.Module) -> dict[str, Tensor]:
     """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
     members = set(shadow.members(groups))
-    reshard_model(model)
     names = {n: t for n, t in _named_tensors(model).items() if t in members}
     with no_autograd():
         state = {n: shadow.place(t, shadow.ema_of(t)) for t, n in unique(names).items()}
@@ -58,7 +59,6 @@ def load_ema_state(
 ) -> None:
     """Make ``state`` the EMA; everything is checked before anything changes."""
     shadow.settle()
-    reshard_model(model)
     named = _named_tensors(model)
     members = set(shadow.members(groups))
     found = {_known(name, named): value for name, value in state.items()}

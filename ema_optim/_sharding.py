@@ -5,7 +5,7 @@ all that the package knows of it, and imports nothing of torch's until a DTensor
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,16 @@ def part_for(param: Tensor, value: Tensor) -> Tensor:
     mesh, placements = _layout(param)
     # None: every rank has the whole value, so that nothing needs to be sent.
     return local(distribute_tensor(value, mesh, placements, src_data_rank=None))
+
+
+def whole_on_first_rank(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, gathered one at a time; of DTensors, on the first rank alone."""
+    whole = {}
+    for name, tensor in named.items():
+        value = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        if not is_sharded(tensor) or torch.distributed.get_rank() == 0:
+            whole[name] = value.cpu()
+    return whole
 
 
 def check_layout(what: str, value: Tensor, param: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import _checkpoint, _merged, _names, _report, _restore, _swap
 from ._buffers import AveragedBuffers, HeldBuffers
 from ._shadow import ShadowSet, no_autograd
-from ._sharding import locals_of, reshard_model
+from ._sharding import locals_of
 from ._slots import Group
 from ._update import copy_
 from .schedules import Decay
@@ -200,9 +200,7 @@ class EMAModel:
         return [name for tensor, name in pairs if tensor in self._ema.slots]
 
     def _groups(self) -> list[Group]:
-        # Walked at every call: a module that was replaced must not leave the EMA behind on it, nor
-        # FSDP2 show its gathered weights in place of the parameters.
-        reshard_model(self.model)
+        # Walked at every call: a module that was replaced must not leave the EMA behind on it.
         params = _names.unique(_names.named_parameters(self.model))
         groups: list[Group] = [{"params": list(params), "param_names": list(params.values())}]
         if self.use_buffers:

@@ -134,7 +134,8 @@ class EMAOptimizer(SwappingOptimizer):
                 load them there.
 
         Returns:
-            Fresh copies in the EMA's dtype, one for each unique parameter of this optimizer.
+            Fresh copies in the EMA's dtype, one for each unique parameter of this optimizer. DTensors
+            where the parameters are: this rank's part, without communication.
 
         Raises:
             ValueError: The model has no parameter of this optimizer.
@@ -151,12 +152,13 @@ class EMAOptimizer(SwappingOptimizer):
 
         Args:
             model: The model that owns the parameters.
-            state: Tensors by parameter name, as ``get_ema_state`` returns them.
+            state: Tensors by parameter name, as ``get_ema_state`` returns them. For parameters that
+                are DTensors also whole tensors, on every rank.
             strict: Whether the names must be exactly those of the parameters.
 
         Raises:
             KeyError: Names are missing or unknown.
-            ValueError: A tensor has another shape than its parameter.
+            ValueError: A tensor has another shape than its parameter, or lies on another mesh.
             RuntimeError: The EMA weights are swapped in.
         """
         self._resolve_pending()
@@ -172,7 +174,8 @@ class EMAOptimizer(SwappingOptimizer):
             optimizer steps), ``ema_initial_share`` (the largest share of initial weights still
             inside the EMA of a parameter) and ``ema_distance``
             (``||ema - weights|| / ||weights||`` with the training weights; NaN or infinite when
-            either is).
+            either is). Where the weights are spread over ranks every rank calls it: two numbers are
+            summed up.
         """
         return _report.metrics(self._ema, self.param_groups)
 

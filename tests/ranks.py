@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 import sys
 import tempfile
 import time
@@ -118,6 +119,9 @@ def serve(rank, world, store, pipe):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "the EMA still holds")  # the runs are short
     torch.set_num_threads(1)
+    # What torchrun sets, for the engines that look there.
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in names.items()}, OMP_NUM_THREADS="1")
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     with contextlib.suppress(EOFError):  # the tests have ended
         while True:

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from sharded import (
     DECAY,
@@ -22,6 +23,7 @@ from sharded import (
     whole_ema,
     whole_weights,
 )
+from test_update import peak_allocation
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -29,6 +31,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ema_optim import EMAModel, EMAOptimizer
+from ema_optim._sharding import whole_on_first_rank
 
 ways = pytest.mark.parametrize("way", WAYS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -323,3 +326,23 @@ def test_ema_model_keeps_its_average_while_weights_are_gathered(world):
     with ema.use_ema():
         assert torch.equal(outputs(model), outputs(loaded(emas)))
     assert equal({n: whole(e) for n, e in ema.get_ema_state().items()}, emas)
+
+
+def large_sharded_model(world):
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(16)))
+    for layer in model:
+        fully_shard(layer, mesh=mesh_of("default", world))
+    return model
+
+
+@on_ranks(2)
+def test_an_export_holds_one_whole_model_on_the_first_rank_alone(world):
+    model = large_sharded_model(world)
+    optimizer = optimizer_of(model)
+    model(torch.randn(2, 512)).sum().backward()
+    optimizer.step()
+    size = 16 * 512 * 512 * 4
+    peak = peak_allocation(lambda: whole_on_first_rank(optimizer.get_ema_state(model)))
+    # A half in the parts, and a few tensors of a sixteenth on their way.
+    assert peak < (1.75 if dist.get_rank() == 0 else 0.75) * size
+    assert peak > 0.5 * size

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
+from sharded import equal, outputs, plain_model, train, whole_ema
 
 import ema_optim
+from ema_optim import EMAOptimizer
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torchao", "transformers", "lightning", "accelerate", "sklearn", "matplotlib")
@@ -125,12 +129,38 @@ def trainer_names():
     }
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def is_for_ranks(block):
+    return any(word in block for word in ("fully_shard", "dcp.", "full_tensor", "**rest"))
+
+
+def layered_model():
+    model = plain_model()
+    model.layers = [model[0], model[1]]
+    return model
+
+
+@on_ranks(2)
+def test_readme_code_for_several_ranks_runs(world, tmp_path):
+    os.chdir(tmp_path)
+    names = {"Trainer": dict, "EMACallback": dict, "rest": {}, "EMAOptimizer": EMAOptimizer}
+    names |= {"model": layered_model(), "evaluate": outputs, "torch": torch}
+    names["train"] = lambda model, optimizer: train(model, optimizer, range(3))
+    for block in filter(is_for_ranks, BLOCKS):
+        exec(compile(block, "README.md", "exec"), names)
+    expected = whole_ema(names["optimizer"], names["model"])
+    torch.distributed.barrier()
+    assert equal(torch.load("ema.pt"), expected)
+
+
 @pytest.mark.filterwarnings("ignore:the EMA still holds")  # a few batches are a short run
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0")  # Lightning on its default logger
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = readme_names()
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = [block for block in BLOCKS if not is_for_ranks(block)]
     assert len(blocks) >= 10
     for block in blocks:
         own = names

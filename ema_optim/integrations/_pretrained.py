@@ -6,9 +6,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
-from .. import _carry, _restore
+from .. import _carry, _names, _restore
 from .._shadow import no_autograd
+from .._sharding import is_sharded
+from .._warnings import warn
 from ..optimizer import EMAOptimizer
 
 
@@ -22,13 +29,47 @@ def ema_folder(model: Any, checkpoint: str) -> str:
     return os.path.join(folder, "adapter") if hasattr(model, "peft_config") else folder
 
 
-def save_model(model: Any, folder: str) -> None:
-    """Write the weights that are in the model now, so that ``from_pretrained`` finds them."""
+def is_there(checkpoint: str) -> bool:
+    """Whether a checkpoint was written; warn where it was not."""
+    if not os.path.isdir(checkpoint):
+        warn(f"there is no {checkpoint} to write the EMA weights into; they are in none")
+        return False
+    return True
+
+
+def save_model(model: Any, folder: str, writes: bool = True) -> None:
+    """Write the weights that are in the model now, so that ``from_pretrained`` finds them.
+
+    Args:
+        model: The model; where it is sharded, every rank calls this.
+        folder: Where to write.
+        writes: Whether this rank is the one that writes.
+    """
+    whole = _whole_state(model) if sharded(model) else None
+    if not writes:
+        return
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({} if whole is None else {"state_dict": whole}))
         return
     os.makedirs(folder, exist_ok=True)
-    safetensors.torch.save_model(model, os.path.join(folder, "model.safetensors"))
+    file = os.path.join(folder, "model.safetensors")
+    if whole is None:
+        safetensors.torch.save_model(model, file)
+    else:
+        safetensors.torch.save_file(whole, file)
+
+
+def sharded(model: Any) -> bool:
+    """Whether the weights of a model are spread over ranks."""
+    return any(map(is_sharded, _names.named_parameters(model).values()))
+
+
+def _whole_state(model: Any) -> dict[str, Any]:
+    """The whole weights on the first rank's CPU, gathered one at a time; empty on the others."""
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
+    )
+    return get_model_state_dict(model, options=options)
 
 
 def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
@@ -58,4 +99,14 @@ def _load_saved(model: Any, folder: str) -> None:
             "save_only_model=True leave save_ema=True, or set load_best_model_at_end=False"
         )
     for file in files:
+        _load_file(model, file)
+
+
+def _load_file(model: Any, file: str) -> None:
+    if not sharded(model):
         model.load_state_dict(safetensors.torch.load_file(file), strict=False)
+        return
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    first = torch.distributed.get_rank() == 0
+    state: dict[str, Any] = dict(safetensors.torch.load_file(file)) if first else {}
+    set_model_state_dict(model, state, options=options)

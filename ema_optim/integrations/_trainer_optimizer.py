@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
+
 from .. import _carry, _restore
+from .._sharding import is_sharded
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 
@@ -46,3 +49,26 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
             "next step"
         )
     optimizer._mark_groups()
+
+
+def refuse_engines(accelerated: Any, args: Any) -> None:
+    """Raise TypeError or RuntimeError where the callback would lose weights."""
+    if not isinstance(accelerated, AcceleratedOptimizer):
+        raise TypeError(f"the Trainer's optimizer must be Accelerate's, got {type(accelerated)}")
+    if getattr(args, "deepspeed", None):
+        raise RuntimeError(
+            "EMACallback under DeepSpeed: a swap would not reach the weights of the forward. Use "
+            "DDP, or EMAOptimizer without a swap"
+        )
+    params = [p for group in accelerated.param_groups for p in group["params"]]
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        raise RuntimeError(
+            "EMACallback under FSDP1: a swap would not reach the forward. Use FSDP2, "
+            "TrainingArguments(fsdp_config={'version': 2})"
+        )
+    if any(map(is_sharded, params)) and not isinstance(accelerated.optimizer, EMAOptimizer):
+        raise RuntimeError(
+            "EMACallback under FSDP2 must find an EMAOptimizer, since the Trainer loads a sharded "
+            "checkpoint before any callback is called: pass Trainer(optimizer_cls_and_kwargs="
+            "(EMAOptimizer.for_class(AdamW, decay=0.999), {'lr': 1e-4}))"
+        )

@@ -10,20 +10,21 @@ from torch import Tensor, nn
 from .. import _merged, _names
 from .._config import check_tensor, same_option
 from .._shadow import ShadowSet, no_autograd
+from .._sharding import local, part_for, whole_on_first_rank
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay, check_decay, compute_optimal_decay
-from ._trainer_optimizer import TrainerEMAOptimizer, take_over
 
 try:
-    from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
+    from accelerate.optimizer import patch_optimizer_step
     from transformers import TrainerCallback
 except ImportError as error:
     raise ImportError(
         'EMACallback needs transformers and accelerate: pip install "ema_optim[transformers]"'
     ) from error
 
-from ._pretrained import ema_folder, load_best, save_model
+from ._pretrained import ema_folder, is_there, load_best, save_model, sharded
+from ._trainer_optimizer import TrainerEMAOptimizer, refuse_engines, take_over
 
 # The attribute of an optimizer that tells whether another callback has begun the same training.
 _BEGUN = "ema_trainer_state"
@@ -96,7 +97,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.optimizer is not None:
             self.optimizer.train()  # an evaluation may have failed half-way
-        state = self.get_ema_state()
+        state = self._ema_by_name()
         named = _names.named_parameters(model)
         if missing := sorted(set(state) - set(named)):
             raise KeyError(
@@ -129,12 +130,17 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def get_ema_state(self) -> dict[str, Tensor]:
         """The EMA weights by parameter name, as CPU tensors in the EMA's dtype.
 
+        Under FSDP every rank calls it; the whole tensors are gathered one at a time for the first
+        rank, and the dict of the others is empty.
+
         Raises:
             RuntimeError: Nothing was trained or loaded yet.
         """
+        return whole_on_first_rank(self._ema_by_name())
+
+    def _ema_by_name(self) -> dict[str, Tensor]:
         if self.optimizer is not None and self.model is not None:
-            state = self.optimizer.get_ema_state(self.model)
-            return {name: value.cpu() for name, value in state.items()}
+            return self.optimizer.get_ema_state(self.model)
         if self._loaded is not None:
             return dict(self._loaded)
         raise RuntimeError("there is no EMA yet: call trainer.train() or load_ema_state() first")
@@ -205,17 +211,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the EMA weights beside the checkpoint that was just written."""
-        if self.optimizer is None or not self.save_ema or not args.should_save:
+        if self.optimizer is None or not self.save_ema:
             return
-        checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        if not os.path.isdir(checkpoint):
-            warn(f"there is no {checkpoint} to write the EMA weights into; they are in none")
+        model, checkpoint = kwargs["model"], f"checkpoint-{state.global_step}"
+        checkpoint = os.path.join(args.output_dir, checkpoint)
+        writes = args.should_save and is_there(checkpoint)
+        if not writes and not sharded(model):
             return
         self._put_back()  # an evaluation may have failed half-way
-        folder = ema_folder(kwargs["model"], checkpoint)
+        folder = ema_folder(model, checkpoint)
         with self.optimizer.swap_ema_weights():
-            save_model(kwargs["model"], folder)
-        if kwargs.get("processing_class") is not None:
+            save_model(model, folder, writes)
+        if writes and kwargs.get("processing_class") is not None:
             kwargs["processing_class"].save_pretrained(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -236,7 +243,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self.optimizer._swap_out()
 
     def _find_or_wrap(self, accelerated: Any, args: Any, state: Any) -> EMAOptimizer:
-        _refuse_engines(accelerated, args)
+        refuse_engines(accelerated, args)
         found = accelerated.optimizer
         if not isinstance(found, EMAOptimizer):
             found = self._wrap(accelerated, state)
@@ -282,24 +289,16 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self.optimizer is None:
             return
         trained = self.optimizer._ema.slots.keys()
-        applied = any(param in trained for model in self._original for param in model.parameters())
+        applied = any(not trained.isdisjoint(_members(model)) for model in self._original)
         in_model = applied or self._holds_best  # what is to be evaluated is in the model already
         self.optimizer._ema.eval_swaps = self.evaluate_with == "ema" and not in_model
 
 
-def _refuse_engines(accelerated: Any, args: Any) -> None:
-    if not isinstance(accelerated, AcceleratedOptimizer):
-        raise TypeError(f"the Trainer's optimizer must be Accelerate's, got {type(accelerated)}")
-    if getattr(args, "deepspeed", None):
-        raise RuntimeError(
-            "EMACallback under DeepSpeed: a swap would not reach the weights of the forward. Use "
-            "DDP, or EMAOptimizer without a swap"
-        )
-    if getattr(args, "fsdp", None):
-        raise RuntimeError("EMACallback under FSDP is not supported yet: use DDP")
+def _members(model: nn.Module) -> list[Tensor]:
+    return list(_names.named_parameters(model).values())
 
 
 def _copy(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
     with no_autograd():
         for name, value in state.items():
-            named[name].detach().copy_(value)
+            local(named[name]).detach().copy_(part_for(named[name], value))
