@@ -13,9 +13,9 @@ from ema_optim import EMAOptimizer, _swap
 FORGETFUL = 0.05
 TEXT = (
     "Median [quartiles] of the time of one swap, relative to one `_foreach_lerp_` of the same "
-    "tensors: the way in alone, and half of the way in and back. Extra memory is the peak over both. "
-    "ema_optim: `eval()` and `train()`, which also look for NaNs. torch-ema and diffusers: `store()` "
-    "and `copy_to()`, then `restore()`; the others exchange."
+    "tensors: the way in alone, and half of the way in and back. Extra memory is the peak over "
+    "both. ema_optim: `eval()` and `train()`, which also look for NaNs. torch-ema and diffusers: "
+    "`store()` and `copy_to()`, then `restore()`; the others exchange."
 )
 
 
