@@ -73,7 +73,7 @@ def main():
     parts.append(report.conditions(bench, f"malloc: {options.malloc}"))
     print(parts[-1])
     if options.output:
-        options.output.write_text("\n".join(parts))
+        options.output.write_text("\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
