@@ -28,7 +28,10 @@ def shared_memory(tensors: Iterable[Tensor]) -> set[Tensor]:
 
 def _bytes(tensor: Tensor) -> tuple[int, int]:
     """Addresses of a tensor's first and last byte."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    extent = 1 + sum((size - 1) * stride for size, stride in steps)
+    if tensor.is_contiguous():
+        extent = tensor.numel()
+    else:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        extent = 1 + sum((size - 1) * stride for size, stride in steps)
     first = tensor.data_ptr()
     return first, first + int(extent) * tensor.element_size() - 1

@@ -45,19 +45,30 @@ def updates_made(shadow: ShadowSet) -> int:
     return max(0, shadow.step - shadow.update_after_step) // shadow.update_every
 
 
-def check_read(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
-    """Warn, where the EMA is about to be read, of one that is not worth reading.
+def check_export(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+    """Warn, where the EMA is about to be read, of one that is not worth reading."""
+    check_share(shadow, groups, "export")
+    check_finite(shadow, groups)
+
+
+def check_share(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
+    """Warn once of an EMA that still holds much of the initial weights.
 
     Args:
         shadow: The shadow set.
         groups: The param groups.
-        kind: "swap" or "export"; the share of the initial weights is warned of once for each.
+        kind: "swap" or "export"; once for each.
     """
-    counted = shadow.counted(groups)
-    worst = max(counted.values(), key=lambda slot: slot.share, default=None)
+    slots = shadow.counted(groups).values()
+    worst = max(slots, key=lambda slot: slot.share, default=None)
     if worst is not None and worst.share > _SHARE_LIMIT and kind not in shadow.warned:
         shadow.warned.add(kind)
         _warn_initial_share(shadow, groups, worst)
+
+
+def check_finite(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+    """Warn of an EMA that holds NaN or infinite values (on this rank)."""
+    counted = shadow.counted(groups)
     with no_autograd():
         bad = non_finite(locals_of(shadow.ema_of(param) for param in counted))
     if bad:

@@ -8,7 +8,7 @@ Everything mutable sits in this object, so that a proxy of the optimizer (Lightn
 to one with a ``__dict__`` of its own) and the optimizer itself can never disagree.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,16 +19,18 @@ from ._config import check_count, check_dtype, check_group_decay, check_module, 
 from ._memory import shared_memory
 from ._sharding import is_sharded, local, part_for, refuse_flat
 from ._slots import Bucket, Cache, Group, Slot, group_options, place_of
-from ._update import copy_, ema_update_
+from ._update import Casts, copy_
 from .schedules import Decay, check_decay, decay_factor, initial_share
 
 
 @contextmanager
 def no_autograd() -> Iterator[None]:
-    """Plain tensors inside: no graph, and none of the inference tensors that refuse later writes.
-
-    In this order: ``inference_mode(False)`` turns grad mode on.
-    """
+    """Plain tensors inside: no graph, no inference tensors, which would refuse later writes."""
+    if not torch.is_inference_mode_enabled():
+        with torch.no_grad():
+            yield
+        return
+    # In this order: inference_mode(False) turns grad mode on.
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -110,8 +112,7 @@ class ShadowSet:
             return
         with no_autograd():
             for bucket, factor in plan:
-                ema_update_(bucket.emas, bucket.weights(), factor)
-                bucket.share *= factor
+                bucket.average(factor)
         self.step += 1
 
     def settle(self) -> None:
@@ -278,7 +279,19 @@ class ShadowSet:
                 bucket.params.append(param)
                 bucket.emas.append(local(slot.ema))
                 bucket.slots.append(slot)
+        _share_scratch(buckets.values())
         return list(buckets.values())
+
+
+def _share_scratch(buckets: Iterable[Bucket]) -> None:
+    """Give the buckets of narrower weights one buffer between them."""
+    buffers: dict[Any, Tensor] = {}
+    for bucket in buckets:
+        ema = bucket.emas[0]
+        if ema.dtype != bucket.params[0].dtype:
+            with no_autograd():
+                bucket.casts = Casts(bucket.emas, buffers.get(place_of(ema)))
+            buffers[place_of(ema)] = bucket.casts.scratch
 
 
 def _follows(group: Group, param: Tensor) -> bool:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ._sharding import local_parts
+from ._update import Casts, ema_update_
 from .schedules import Decay
 
 Group = dict[str, Any]
 
 place_of = attrgetter("dtype", "device")
+_trainable, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 
 
 @dataclass(eq=False, slots=True)
@@ -46,9 +48,15 @@ class Bucket:
     start: int
     share: float
     sharded: bool = False
+    casts: Casts | None = None
     params: list[Tensor] = field(default_factory=list)
     emas: list[Tensor] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+
+    def average(self, factor: float) -> None:
+        """``ema <- factor * ema + (1 - factor) * weights``."""
+        ema_update_(self.emas, self.weights(), factor, self.casts)
+        self.share *= factor
 
     def weights(self) -> list[Tensor]:
         return local_parts(self.params) if self.sharded else self.params
@@ -74,8 +82,8 @@ class Cache:
             len(params) == len(self.params)
             # Identity: comparing lists of tensors with == would compare their values.
             and all(map(is_, params, self.params))
-            and [param.requires_grad for param in params] == self.trainable
-            and [param.dtype for param in params] == self.dtypes
+            and all(map(is_, map(_trainable, params), self.trainable))
+            and all(map(is_, map(_dtype, params), self.dtypes))
             and group_options(groups) == self.options
             # One sample tells of a model that was moved.
             and (not params or params[0].device == self.device)

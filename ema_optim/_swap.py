@@ -17,20 +17,25 @@ from torch import Tensor
 from ._shadow import ShadowSet, no_autograd
 from ._sharding import holds_on_all_ranks, local, reshard
 from ._slots import Group, Slot
-from ._update import Exchange, copy_
+from ._update import Exchange, copy_, non_finite
 from .schedules import decay_factor
 
 Slots = dict[Tensor, Slot]
 
 
-def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
-    """Put the EMA weights into the parameters. An error on the way changes nothing."""
+def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
+    """Put the EMA weights into the parameters. An error on the way changes nothing.
+
+    Returns:
+        Whether they may hold a NaN or an infinity (certainly not, if False).
+    """
     counted = shadow.counted(groups)
     reshard(counted, shadow.module)
     shadow.look_at_memory()
     parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
     with no_autograd():
-        exchange = _exchange({p: s for p, s in counted.items() if p not in parking})
+        exchanged = {p: s for p, s in counted.items() if p not in parking}
+        exchange = Exchange(_emas(exchanged), _weights(exchanged), watched=True)
         try:
             for param, slot in counted.items():
                 # None also where an interrupt has left an old copy: it would be put back.
@@ -43,6 +48,7 @@ def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
             exchange.undo()
             _unpark(parking)
             raise
+        return exchange.doubtful() or bool(non_finite(_emas(parking)))
 
 
 def swap_out(shadow: ShadowSet) -> None:
@@ -51,7 +57,8 @@ def swap_out(shadow: ShadowSet) -> None:
     reshard(swapped, shadow.module)
     parking = {p: s for p, s in swapped.items() if s.parked is not None}
     with no_autograd():
-        exchange = _exchange({p: s for p, s in swapped.items() if p not in parking})
+        exchanged = {p: s for p, s in swapped.items() if p not in parking}
+        exchange = Exchange(_emas(exchanged), _weights(exchanged))
         try:
             exchange.run()
             copy_(_weights(parking), _parked(parking))
@@ -131,10 +138,6 @@ def check_can_step(shadow: ShadowSet, groups: Sequence[Group], has_closure: bool
             "step() after loading a checkpoint written while swapped: the gradients were taken at "
             "the EMA weights. Call optimizer.train() after loading, before the forward"
         )
-
-
-def _exchange(slots: Slots) -> Exchange:
-    return Exchange(_weights(slots), _emas(slots))
 
 
 def _weights(slots: Slots) -> list[Tensor]:

@@ -79,7 +79,7 @@ class SwappingOptimizer(ForwardingOptimizer):
         Inside a swap nothing is swapped back then.
         """
         self._resolve_pending()
-        _report.check_read(self._ema, self.param_groups, "export")
+        _report.check_export(self._ema, self.param_groups)
         _swap.apply(self._ema, self.param_groups)
         self._mark_groups()
 
@@ -93,9 +93,11 @@ class SwappingOptimizer(ForwardingOptimizer):
             self._mark_groups()
 
     def _swap_in(self) -> None:
-        _report.check_read(self._ema, self.param_groups, "swap")
-        _swap.swap_in(self._ema, self.param_groups)
+        _report.check_share(self._ema, self.param_groups, "swap")
+        doubtful = _swap.swap_in(self._ema, self.param_groups)
         self._mark_groups()
+        if doubtful:
+            _report.check_finite(self._ema, self.param_groups)
 
     def _swap_out(self) -> None:
         try:

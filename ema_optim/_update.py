@@ -13,14 +13,46 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Elements in one scratch buffer: 1 MiB of fp32 stays in a core's L2 cache, and smaller pieces pay
-# more in dispatch than they gain in locality.
-CHUNK = 256 * 1024
+from ._scratch import CHUNK, batches_of, carve, columns, fill, pieces_of, place, scratch_for
 
-Batch = list[tuple[Tensor, ...]]
+Items = dict[int, Tensor]
 
 
-def ema_update_(emas: list[Tensor], params: list[Tensor], decay: float) -> None:
+class Casts:
+    """Room for the weights in the EMA's dtype where it is another one.
+
+    The views into the scratch buffer are made once: for many small tensors they cost more than the
+    update. Tensors that are larger than the buffer are cut anew at every use, since views of them
+    would not follow ``param.data = ...``.
+
+    Args:
+        emas: EMA tensors of one device and dtype.
+        scratch: A buffer of ``CHUNK`` elements of that dtype, to be shared with others.
+    """
+
+    def __init__(self, emas: list[Tensor], scratch: Tensor | None = None) -> None:
+        self.scratch = scratch_for(emas[0]) if scratch is None else scratch
+        self._large = [i for i, ema in enumerate(emas) if ema.numel() > CHUNK]
+        small = [(i, ema) for i, ema in enumerate(emas) if 0 < ema.numel() <= CHUNK]
+        self._small: list[tuple[list[int], list[Tensor]]] = []
+        for group in fill(small):
+            self._small.append(([i for i, _ in group], carve(self.scratch, [e for _, e in group])))
+
+    def lerp_(self, emas: list[Tensor], params: list[Tensor], weight: float) -> None:
+        """``ema <- lerp(ema, weights, weight)``, a buffer at a time."""
+        for indices, casts in self._small:
+            torch._foreach_copy_(casts, [params[i] for i in indices])
+            torch._foreach_lerp_([emas[i] for i in indices], casts, weight)
+        for batch in batches_of((emas[i], params[i]) for i in self._large):
+            pieces, sources = columns(batch)
+            casts = carve(self.scratch, pieces)
+            torch._foreach_copy_(casts, sources)
+            torch._foreach_lerp_(pieces, casts, weight)
+
+
+def ema_update_(
+    emas: list[Tensor], params: list[Tensor], decay: float, casts: Casts | None = None
+) -> None:
     """Move every EMA towards its weights: ``ema <- decay * ema + (1 - decay) * weights``.
 
     Written as ``lerp(ema, weights, 1 - decay)`` with ``1 - decay`` in double precision. The form
@@ -31,6 +63,7 @@ def ema_update_(emas: list[Tensor], params: list[Tensor], decay: float) -> None:
         emas: EMA tensors of one device and dtype, changed in place.
         params: Weights, same shapes, of one device and dtype (not necessarily that of ``emas``).
         decay: The share of the old EMA that is kept, in [0, 1]; exact at both ends.
+        casts: Made of ``emas``, to be used again; only where the dtypes differ.
     """
     if not emas or decay == 1.0:
         return
@@ -39,16 +72,7 @@ def ema_update_(emas: list[Tensor], params: list[Tensor], decay: float) -> None:
     elif emas[0].dtype == params[0].dtype:
         torch._foreach_lerp_(emas, params, 1.0 - decay)
     else:
-        _lerp_through_scratch_(emas, params, 1.0 - decay)
-
-
-def _lerp_through_scratch_(emas: list[Tensor], params: list[Tensor], weight: float) -> None:
-    scratch = _scratch_for(emas[0])
-    for batch in _batches(zip(emas, params, strict=True)):
-        pieces, sources = _columns(batch)
-        casts = _carve(scratch, pieces)
-        torch._foreach_copy_(casts, sources)
-        torch._foreach_lerp_(pieces, casts, weight)
+        (casts or Casts(emas)).lerp_(emas, params, 1.0 - decay)
 
 
 class Exchange:
@@ -61,10 +85,11 @@ class Exchange:
     Args:
         lefts: Tensors, one side; a pair has one shape, dtype and device.
         rights: Tensors, the other side. No two tensors may overlap in memory.
+        watched: Whether ``doubtful()`` is to know of the lefts.
     """
 
-    def __init__(self, lefts: list[Tensor], rights: list[Tensor]) -> None:
-        self._batches = list(_batches(zip(lefts, rights, strict=True)))
+    def __init__(self, lefts: list[Tensor], rights: list[Tensor], watched: bool = False) -> None:
+        self._batches = list(batches_of(zip(lefts, rights, strict=True)))
         # One buffer for each device, of bytes: a model may mix dtypes.
         widths: dict[torch.device, int] = {}
         for tensor in lefts:
@@ -74,14 +99,17 @@ class Exchange:
             for device, width in widths.items()
         }
         self._progress = (0, 0)
+        self._watched, self._sums = watched, list[Tensor]()
 
     def run(self) -> None:
         """Do the exchange."""
         for done, batch in enumerate(self._batches):
-            lefts, rights = _columns(batch)
+            lefts, rights = columns(batch)
             held = self._held(lefts)
             torch._foreach_copy_(held, lefts)
             self._progress = (done, 1)
+            if self._watched:
+                self._sums.append(self._flat(lefts).sum())  # it is in the cache now
             torch._foreach_copy_(lefts, rights)
             self._progress = (done, 2)
             torch._foreach_copy_(rights, held)
@@ -91,7 +119,7 @@ class Exchange:
         """Put back whatever ``run()`` has exchanged so far."""
         done, phase = self._progress
         if phase:
-            lefts, rights = _columns(self._batches[done])
+            lefts, rights = columns(self._batches[done])
             if phase == 2:
                 torch._foreach_copy_(rights, lefts)
             held = self._held(lefts)
@@ -100,8 +128,17 @@ class Exchange:
         self.run()
         self._batches, self._progress = [], (0, 0)
 
+    def doubtful(self) -> bool:
+        """Whether the lefts may have held a NaN or an infinity (certainly not, if False)."""
+        groups = _by_place(dict(enumerate(self._sums)))
+        return not all(torch.isfinite(torch.stack(list(g.values()))).all() for g in groups)
+
+    def _flat(self, lefts: list[Tensor]) -> Tensor:
+        scratch = self._scratch[lefts[0].device].view(lefts[0].dtype)
+        return scratch[: sum(left.numel() for left in lefts)]
+
     def _held(self, lefts: list[Tensor]) -> list[Tensor]:
-        return _carve(self._scratch[lefts[0].device].view(lefts[0].dtype), lefts)
+        return carve(self._scratch[lefts[0].device].view(lefts[0].dtype), lefts)
 
 
 def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -132,25 +169,21 @@ def non_finite(tensors: list[Tensor]) -> list[int]:
     """Positions of the tensors that hold a NaN or an infinity."""
     # As real numbers: the modulus of a finite complex number may overflow.
     reals = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    found = []
-    for group in _by_place([(i, real) for i, real in enumerate(reals) if real.numel()]):
-        norms = torch._foreach_norm([tensor for _, tensor in group], math.inf)
-        bad = ~torch.isfinite(torch.stack(list(norms)))
-        if bad.any():
-            found += [group[j][0] for j in bad.nonzero().flatten().tolist()]
-    return sorted(found)
+    filled = {i: real for i, real in enumerate(reals) if real.numel()}
+    # The 2-norm is many times faster than the largest modulus, and overflows for large numbers.
+    return sorted(_without_norm(_without_norm(filled, 2.0), math.inf))
 
 
 def _differences(emas: list[Tensor], weights: list[Tensor]) -> Iterator[Tensor]:
     for pair in zip(emas, weights, strict=True):
-        for ema, weight in _pieces(pair):
+        for ema, weight in pieces_of(pair):
             yield ema - weight
 
 
 def _sums_of_squares(tensors: Iterable[Tensor]) -> dict[torch.device, Tensor]:
     sums: dict[torch.device, Tensor] = {}
     for tensor in tensors:
-        for (piece,) in _pieces((tensor,)):
+        for (piece,) in pieces_of((tensor,)):
             square = torch.linalg.vector_norm(piece, dtype=_double(piece)).square().real
             sums[piece.device] = sums.get(piece.device, 0.0) + square
     return sums
@@ -160,60 +193,20 @@ def _double(tensor: Tensor) -> torch.dtype:
     return torch.complex128 if tensor.is_complex() else torch.float64
 
 
-def _place(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
-    return tensor.device, tensor.dtype
+def _without_norm(items: Items, order: float) -> Items:
+    """The items whose norm is not finite."""
+    found: Items = {}
+    for group in _by_place(items):
+        norms = torch._foreach_norm(list(group.values()), order)
+        bad = ~torch.isfinite(torch.stack(list(norms)))
+        if bad.any():
+            keys = list(group)
+            found |= {keys[j]: group[keys[j]] for j in bad.nonzero().flatten().tolist()}
+    return found
 
 
-def _by_place(items: Sequence[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
-    for item in items:
-        groups.setdefault(_place(item[1]), []).append(item)
+def _by_place(items: Items) -> list[Items]:
+    groups: dict[tuple[torch.device, torch.dtype], Items] = {}
+    for key, tensor in items.items():
+        groups.setdefault(place(tensor), {})[key] = tensor
     return list(groups.values())
-
-
-def _scratch_for(tensor: Tensor) -> Tensor:
-    return torch.empty(CHUNK, dtype=tensor.dtype, device=tensor.device)
-
-
-def _carve(scratch: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Views into the scratch buffer, one for each tensor and of its shape."""
-    sizes = [tensor.numel() for tensor in tensors]
-    views = torch.split(scratch[: sum(sizes)], sizes)
-    return [view.view(tensor.shape) for view, tensor in zip(views, tensors, strict=True)]
-
-
-def _columns(batch: Batch) -> list[list[Tensor]]:
-    return [list(column) for column in zip(*batch, strict=True)]
-
-
-def _batches(pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
-    """Group pieces until they fill a scratch buffer; a batch has one device and dtype."""
-    batch: Batch = []
-    room = CHUNK
-    for pair in pairs:
-        for piece in _pieces(pair):
-            size = piece[0].numel()
-            if batch and (size > room or _place(piece[0]) != _place(batch[0][0])):
-                yield batch
-                batch, room = [], CHUNK
-            batch.append(piece)
-            room -= size
-    if batch:
-        yield batch
-
-
-def _pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape into aligned views of at most ``CHUNK`` elements."""
-    first = tensors[0]
-    if first.numel() <= CHUNK:
-        yield tensors
-        return
-    order = sorted(range(first.dim()), key=first.stride, reverse=True)
-    ordered = [tensor.permute(order) for tensor in tensors]
-    if all(tensor.is_contiguous() for tensor in ordered):
-        yield from zip(*(torch.split(t.view(-1), CHUNK) for t in ordered), strict=True)
-        return
-    row = first.numel() // first.shape[0]
-    cuts = (torch.split(t, CHUNK // row) if row <= CHUNK else t.unbind() for t in tensors)
-    for rows in zip(*cuts, strict=True):
-        yield from _pieces(rows)

@@ -121,10 +121,11 @@ class EMAModel:
         self._refuse_in_block("use_ema()")
         _merged.refuse_merged(self.model)
         groups = self._groups()
-        _report.check_read(self._ema, groups, "swap")
+        _report.check_share(self._ema, groups, "swap")
         try:
             self._ema.mode = "block"
-            _swap.swap_in(self._ema, groups)
+            if _swap.swap_in(self._ema, groups):
+                _report.check_finite(self._ema, groups)
             held = HeldBuffers(self.model)
             try:
                 yield
@@ -145,7 +146,7 @@ class EMAModel:
         Inside ``use_ema()`` nothing is swapped back then.
         """
         groups = self._groups()
-        _report.check_read(self._ema, groups, "export")
+        _report.check_export(self._ema, groups)
         _swap.apply(self._ema, groups)
 
     def get_ema_state(self) -> dict[str, Tensor]:
@@ -156,7 +157,7 @@ class EMAModel:
             buffer), ready for ``model.load_state_dict(strict=False)`` and for safetensors.
         """
         groups = self._groups()
-        _report.check_read(self._ema, groups, "export")
+        _report.check_export(self._ema, groups)
         return _names.ema_state(self._ema, groups, self.model)
 
     def ema_metrics(self) -> dict[str, float]:

@@ -134,13 +134,13 @@ class EMAOptimizer(SwappingOptimizer):
                 load them there.
 
         Returns:
-            Fresh copies in the EMA's dtype, one for each unique parameter of this optimizer. DTensors
-            where the parameters are: this rank's part, without communication.
+            Fresh copies in the EMA's dtype, one for each unique parameter of this optimizer; of a
+            DTensor a DTensor, without communication.
 
         Raises:
             ValueError: The model has no parameter of this optimizer.
         """
-        _report.check_read(self._ema, self.param_groups, "export")
+        _report.check_export(self._ema, self.param_groups)
         return _names.ema_state(self._ema, self.param_groups, model)
 
     def load_ema_state(

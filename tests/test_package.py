@@ -52,8 +52,9 @@ def test_schedules_import_only_mathematics():
 
 
 ORDER = [
-    ["schedules", "_warnings", "_sharding", "_merged"],
-    ["_update", "_slots", "_memory"],
+    ["schedules", "_warnings", "_sharding", "_scratch", "_merged"],
+    ["_update", "_memory"],
+    ["_slots"],
     ["_config"],
     ["_shadow"],
     ["_swap", "_checkpoint", "_names", "_report"],

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from ema_optim._scratch import CHUNK
 from ema_optim._update import (
-    CHUNK,
     Exchange,
     copy_,
     ema_update_,

@@ -1,0 +1,87 @@
+"""Bounded scratch: tensors cut and grouped so that one small buffer serves a model of any size."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+# Elements in one scratch buffer: 1 MiB of fp32 stays in a core's L2 cache, and smaller pieces pay
+# more in dispatch than they gain in locality.
+CHUNK = 256 * 1024
+
+Batch = list[tuple[Tensor, ...]]
+
+
+def place(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    """What tensors of one multi-tensor call have in common."""
+    return tensor.device, tensor.dtype
+
+
+def scratch_for(tensor: Tensor) -> Tensor:
+    """A buffer of ``CHUNK`` elements like those of ``tensor``."""
+    return torch.empty(CHUNK, dtype=tensor.dtype, device=tensor.device)
+
+
+def carve(scratch: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Views into the scratch buffer, one for each tensor and of its shape."""
+    size = sum(tensor.numel() for tensor in tensors)
+    # One call into C++ for all; none of the tensors may be empty.
+    views = torch._utils._unflatten_dense_tensors(scratch[:size], tensors)  # type: ignore[no-untyped-call]
+    return list(views)
+
+
+def columns(batch: Batch) -> list[list[Tensor]]:
+    """The tensors of a batch by their place in its tuples."""
+    return [list(column) for column in zip(*batch, strict=True)]
+
+
+def fill(items: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Group numbered tensors, none larger than a scratch buffer, until they fill one."""
+    group: list[tuple[int, Tensor]] = []
+    room = CHUNK
+    for item in items:
+        if item[1].numel() > room:
+            yield group
+            group, room = [], CHUNK
+        group.append(item)
+        room -= item[1].numel()
+    if group:
+        yield group
+
+
+def batches_of(pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
+    """Group pieces until they fill a scratch buffer; a batch has one device and dtype.
+
+    Empty tensors are left out.
+    """
+    batch: Batch = []
+    room = CHUNK
+    for pair in pairs:
+        for piece in pieces_of(pair):
+            size = piece[0].numel()
+            if not size:
+                continue
+            if batch and (size > room or place(piece[0]) != place(batch[0][0])):
+                yield batch
+                batch, room = [], CHUNK
+            batch.append(piece)
+            room -= size
+    if batch:
+        yield batch
+
+
+def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into aligned views of at most ``CHUNK`` elements."""
+    first = tensors[0]
+    if first.numel() <= CHUNK:
+        yield tensors
+        return
+    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    ordered = [tensor.permute(order) for tensor in tensors]
+    if all(tensor.is_contiguous() for tensor in ordered):
+        yield from zip(*(torch.split(t.view(-1), CHUNK) for t in ordered), strict=True)
+        return
+    row = first.numel() // first.shape[0]
+    cuts = (torch.split(t, CHUNK // row) if row <= CHUNK else t.unbind() for t in tensors)
+    for rows in zip(*cuts, strict=True):
+        yield from pieces_of(rows)
