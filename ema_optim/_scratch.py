@@ -1,6 +1,7 @@
 """Bounded scratch: tensors cut and grouped so that one small buffer serves a model of any size."""
 
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,9 +13,8 @@ CHUNK = 256 * 1024
 Batch = list[tuple[Tensor, ...]]
 
 
-def place(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
-    """What tensors of one multi-tensor call have in common."""
-    return tensor.device, tensor.dtype
+# What tensors of one multi-tensor call have in common.
+place = attrgetter("device", "dtype")
 
 
 def scratch_for(tensor: Tensor) -> Tensor:
@@ -55,15 +55,18 @@ def batches_of(pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
     Empty tensors are left out.
     """
     batch: Batch = []
-    room = CHUNK
+    room, kind = CHUNK, None
     for pair in pairs:
-        for piece in pieces_of(pair):
+        size = pair[0].numel()
+        for piece in [pair] if size <= CHUNK else pieces_of(pair):
             size = piece[0].numel()
             if not size:
                 continue
-            if batch and (size > room or place(piece[0]) != place(batch[0][0])):
+            if batch and (size > room or place(piece[0]) != kind):
                 yield batch
                 batch, room = [], CHUNK
+            if not batch:
+                kind = place(piece[0])
             batch.append(piece)
             room -= size
     if batch:

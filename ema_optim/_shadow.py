@@ -132,8 +132,9 @@ class ShadowSet:
     def counted(self, groups: Sequence[Group]) -> dict[Tensor, Slot]:
         """The slots that hold an average, by parameter; placeholders are left out."""
         self.settle()
-        slots = {param: self.slots.get(param) for param in self.members(groups)}
-        return {param: slot for param, slot in slots.items() if slot is not None and slot.updates}
+        # By id: a tensor's own hash is a call into Python.
+        own = {id(p) for g in groups if g.get("ema_enabled", True) for p in g["params"]}
+        return {p: slot for p, slot in self.slots.items() if slot.updates and id(p) in own}
 
     def ema_step(self, slot: Slot) -> int:
         """The counter of one slot in optimizer steps, as checkpoints hold it."""

@@ -34,6 +34,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """``local`` of each."""
+    if _DTENSOR not in sys.modules:
+        return list(tensors)
     return [local(tensor) for tensor in tensors]
 
 

@@ -4,9 +4,9 @@ An EMA of the parameter's own dtype changes places with the weights through a sm
 buffer. Where that would round (another dtype) or mix values (parameters that share memory), the
 training weights are parked in a copy instead and the EMA stays where it is.
 
-Everything is written through ``param.detach()``: addresses stay, and the version counter moves, so
-that a swap between forward and backward raises in backward. Written through ``.data`` it would
-give wrong gradients without a word.
+Everything is written into the parameters under ``no_grad``: addresses stay, and the version counter
+moves, so that a swap between forward and backward raises in backward. Written through ``.data`` it
+would give wrong gradients without a word.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._shadow import ShadowSet, no_autograd
-from ._sharding import holds_on_all_ranks, local, reshard
+from ._sharding import holds_on_all_ranks, local, locals_of, reshard
 from ._slots import Group, Slot
 from ._update import Exchange, copy_, non_finite
 from .schedules import decay_factor
@@ -141,15 +141,15 @@ def check_can_step(shadow: ShadowSet, groups: Sequence[Group], has_closure: bool
 
 
 def _weights(slots: Slots) -> list[Tensor]:
-    return [local(param).detach() for param in slots]
+    return locals_of(slots)
 
 
 def _emas(slots: Slots) -> list[Tensor]:
-    return [local(slot.ema) for slot in slots.values()]
+    return locals_of(slot.ema for slot in slots.values())
 
 
 def _parked(slots: Slots) -> list[Tensor]:
-    return [local(slot.parked) for slot in slots.values() if slot.parked is not None]
+    return locals_of(slot.parked for slot in slots.values() if slot.parked is not None)
 
 
 def _unpark(parking: Slots) -> None:
