@@ -71,6 +71,7 @@ class ShadowSet:
         self.eval_swaps = True  # whether eval() swaps; a trainer may have put the EMA in already
         self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
         self.warned: set[str] = set()
+        self.compiled: Any = None  # what stands in for the inner step after compile()
         self._cache: Cache | None = None
         self._shared: set[Tensor] | None = None  # parameters that share memory
         self._share: tuple[Any, float] | None = None
@@ -80,7 +81,8 @@ class ShadowSet:
         self.settle()
         # A copy made inside a swap block has no block to leave; train() puts its weights back.
         mode = "eval" if self.mode == "block" else self.mode
-        return {**self.__dict__, "_cache": None, "_shared": None, "_share": None, "mode": mode}
+        fresh = dict.fromkeys(("compiled", "_cache", "_shared", "_share"))
+        return {**self.__dict__, **fresh, "mode": mode}
 
     def begin_step(self, groups: Sequence[Group]) -> list[tuple[Bucket, float]] | None:
         """Prepare one step, before the weights move.

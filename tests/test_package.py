@@ -57,7 +57,7 @@ ORDER = [
     ["_slots"],
     ["_config"],
     ["_shadow"],
-    ["_swap", "_checkpoint", "_names", "_report"],
+    ["_swap", "_checkpoint", "_names", "_report", "_compiled"],
     ["_restore", "_state", "_buffers"],
     ["_carry", "_forwarding"],
     ["_strip", "_swapping"],
