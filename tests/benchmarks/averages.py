@@ -5,6 +5,7 @@ average at every call after the first, which some of them make a copy.
 """
 
 import importlib.util
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,34 @@ LIGHTNING = "Lightning EMAWeightAveraging"
 def foreach_lerp(model, decay):
     params, emas = _lists(model)
     return Average(_no_grad(lambda: torch._foreach_lerp_(emas, params, 1 - decay)), lambda: emas)
+
+
+def fused_sgd(model, decay):
+    """The one CPU kernel that is faster: SGD with ``gradient = weights`` and weight decay 1.
+
+    It walks raw memory, so that every call has to look at the layout of every tensor first.
+    """
+    params, emas = _lists(model)
+    sizes = [param.numel() for param in params]
+    dense, numel = torch.Tensor.is_contiguous, torch.Tensor.numel
+
+    def update():
+        if not all(map(dense, params)) or not all(map(operator.eq, map(numel, params), sizes)):
+            raise RuntimeError("a layout has changed")
+        torch._fused_sgd_(
+            emas,
+            params,
+            [],
+            lr=1 - decay,
+            weight_decay=1,
+            momentum=0,
+            maximize=True,
+            dampening=0,
+            nesterov=False,
+            is_first_step=False,
+        )
+
+    return Average(_no_grad(update), lambda: emas)
 
 
 def foreach_mul_add(model, decay):
@@ -143,6 +172,7 @@ def lightning(model, decay):
 UPDATES = {
     BASE: foreach_lerp,
     OURS: ema_optim,
+    "`_fused_sgd_` as a lerp, with its checks (not used)": fused_sgd,
     MUL_ADD: foreach_mul_add,
     TIMM: timm,
     "ema-pytorch (use_foreach)": ema_pytorch_foreach,
