@@ -52,8 +52,9 @@ def test_schedules_import_only_mathematics():
 
 
 ORDER = [
-    ["schedules", "_warnings", "_sharding", "_scratch", "_merged"],
+    ["schedules", "_warnings", "_sharding", "_scratch", "_merged", "_rounding"],
     ["_update", "_memory"],
+    ["_formats"],
     ["_slots"],
     ["_config"],
     ["_shadow"],
