@@ -79,7 +79,7 @@ def decode_(targets: list[Tensor], mains: list[Tensor], lows: list[Tensor]) -> N
         return
     copy_(targets, mains)
     if lows and targets[0].dtype == torch.float64:
-        torch._foreach_add_(targets, lows)
+        _add_remainders_(targets, lows)
 
 
 def update_(
@@ -189,6 +189,13 @@ def _store_remainders_(mains: list[Tensor], lows: list[Tensor], values: list[Ten
         rests = _gather(exact, values_).sub_(_gather(wide, mains_))
         # An infinite EMA has no remainder, and inf - inf would make it a NaN.
         _scatter_(lows_, rests.nan_to_num_(0.0, 0.0, 0.0))
+
+
+def _add_remainders_(targets: list[Tensor], lows: list[Tensor]) -> None:
+    (wide,) = _scratch(targets, 1, torch.float64)
+    for targets_, lows_ in _batched(targets, lows):
+        rests = _gather(wide, lows_).nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_add_(targets_, _cut(rests, targets_))
 
 
 def _noise(mains: list[Tensor], bits: int, stream: int, starts: Sequence[int]) -> Noise:

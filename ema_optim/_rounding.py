@@ -112,7 +112,7 @@ def _runs(starts: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _mix64(number: int) -> int:
-    state = number + 0x9E3779B97F4A7C15
+    state = (number + 0x9E3779B97F4A7C15) % 2**64
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
     return state ^ (state >> 31)
