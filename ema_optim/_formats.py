@@ -8,7 +8,8 @@ nothing special: ``main``, which can be used as it is, and for two formats ``low
     float24                 bf16     int8   3      fp32 without its last 8 bits
     torch.bfloat16          bf16            2
 
-The last two are rounded stochastically. Rounded to nearest they stop moving: a step of the EMA is
+The last two are rounded stochastically (M. Croci et al., "Stochastic rounding", 2022): up or down
+by chance, right on average. Rounded to nearest they would stop moving: a step of the EMA is
 ``1 - decay`` of its distance to the weights, soon less than half of the last bit.
 
 Every function takes lists of tensors of one device and format, expects to run without autograd and
