@@ -1,7 +1,7 @@
 """What a checkpoint holds: the inner optimizer's dict with the EMA merged into it.
 
-    state[i]        ... the inner's entries, "ema", "ema_step" [, "ema_weights"]
-    param_groups[g] ... the inner's options, "ema_step", "ema_swapped" [, "ema_decay", ...]
+    state[i]        ... the inner's entries, "ema", "ema_step" [, "ema_low"] [, "ema_weights"]
+    param_groups[g] ... the inner's options, "ema_step", "ema_swapped", "ema_format" [, "ema_decay"]
 
 The keys are the same at any moment: distributed checkpoints load only what a template of the same
 keys asks for, and a key that came and went would be dropped without a word. While the EMA weights
@@ -17,20 +17,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._config import format_name
 from ._shadow import ShadowSet
 from ._slots import Group
 from ._warnings import warn
 
 StateDict = dict[str, Any]
 
-STATE_KEYS = ("ema", "ema_step", "ema_weights")
-GROUP_OPTIONS = ("ema_decay", "ema_enabled")
-GROUP_MARKS = ("ema_step", "ema_swapped", "ema_global_step")  # the last: a trainer's alone
+STATE_KEYS = ("ema", "ema_step", "ema_weights", "ema_low")
+GROUP_OPTIONS = ("ema_decay", "ema_enabled", "ema_dtype")
+# The last is a trainer's alone.
+GROUP_MARKS = ("ema_step", "ema_swapped", "ema_format", "ema_global_step")
 
 
-def marks(shadow: ShadowSet) -> dict[str, Any]:
+def marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
     """The entries that every param group carries."""
-    return {"ema_step": shadow.step, "ema_swapped": bool(shadow.swapped)}
+    dtype = group.get("ema_dtype")
+    return {
+        "ema_step": shadow.step,
+        "ema_swapped": bool(shadow.swapped),
+        "ema_format": format_name(shadow.dtype if dtype is None else dtype),
+    }
 
 
 def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
@@ -39,6 +46,8 @@ def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
     step = torch.tensor(shadow.ema_step(slot), dtype=torch.int64, device="cpu")
     shadow.renew_placeholder(param)
     entries = {"ema": slot.ema, "ema_step": step}
+    if slot.low is not None:
+        entries["ema_low"] = slot.low
     if shadow.parks(param, slot):
         entries["ema_weights"] = shadow.weights_of(param)
     return entries
@@ -70,7 +79,7 @@ def merge(
                 # must not be the model's own.
                 entries["ema_weights"] = entries["ema_weights"].clone()
             state[key] = {**state.get(key, {}), **entries}
-    marked = [{**group, **marks(shadow)} for group in packed["param_groups"]]
+    marked = [{**group, **marks(shadow, group)} for group in packed["param_groups"]]
     return {**packed, "state": state, "param_groups": marked}
 
 

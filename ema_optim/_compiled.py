@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from ._buckets import Bucket
 from ._shadow import no_autograd
 from ._sharding import is_sharded
-from ._slots import Bucket, Group
+from ._slots import Group
 from ._warnings import warn
 
 Plan = list[tuple[Bucket, float]]
@@ -192,7 +193,9 @@ def _settings(params: Sequence[Tensor]) -> Any:
 
 def _fits(bucket: Bucket, factor: float) -> bool:
     # The ends are exact in eager mode: a NaN or an infinity would come through a weight of 0.
-    return 0.0 < factor < 1.0 and not bucket.sharded and bucket.emas[0].is_floating_point()
+    if not 0.0 < factor < 1.0 or bucket.sharded or bucket.slots[0].format.rounds:
+        return False
+    return bucket.emas[0].is_floating_point()
 
 
 def _obstacle(inner: Optimizer, closure: Closure) -> str:

@@ -5,11 +5,31 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ._formats import FORMATS, EMADtype, Format
 from ._sharding import check_layout
 from ._slots import Group
 from .schedules import check_decay
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def ema_format(dtype: torch.dtype, wanted: EMADtype) -> Format:
+    """How the EMA of a parameter is stored; that of a complex one always as it is by default."""
+    if isinstance(wanted, torch.dtype) and wanted not in FORMATS:
+        return Format(ema_dtype(dtype, wanted))
+    if wanted is None or dtype.is_complex:
+        return Format(ema_dtype(dtype, None))
+    return FORMATS[wanted]
+
+
+def whole_format(dtype: torch.dtype, wanted: EMADtype) -> Format:
+    """How the EMA of a parameter is handed out: in one tensor that holds all of it."""
+    return ema_format(dtype, None if wanted in FORMATS else wanted)
+
+
+def format_name(wanted: EMADtype) -> str:
+    """What a checkpoint calls a format."""
+    return "default" if wanted is None else str(wanted).removeprefix("torch.")
 
 
 def ema_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -44,14 +64,16 @@ def check_count(name: str, value: int, least: int) -> int:
     return value
 
 
-def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+def check_dtype(dtype: object, what: str = "dtype") -> EMADtype:
     """Return ``dtype`` if an EMA can be stored so; raise TypeError or ValueError."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r}")
-    if dtype not in (None, torch.float32, torch.float64):
+    if dtype is not None and not isinstance(dtype, (torch.dtype, str)):
+        raise TypeError(f"{what} must be a torch.dtype, a format's name or None, got {dtype!r}")
+    allowed = (None, torch.float32, torch.float64, *FORMATS)
+    if dtype not in allowed:
+        shown = ", ".join(repr(name) for name in allowed)
         raise ValueError(
-            f"dtype must be None, torch.float32 or torch.float64, got {dtype}: "
-            "rounded to nearest into a narrower dtype, an EMA stops moving"
+            f"{what} must be one of {shown}, got {dtype!r}: rounded to nearest into a narrower "
+            "dtype, an EMA stops moving; the narrow ones of these are rounded stochastically"
         )
     return dtype
 
@@ -67,6 +89,7 @@ def check_options(group: Group) -> None:
     """Raise TypeError or ValueError for a param group's own EMA options."""
     if group.get("ema_decay") is not None:
         check_group_decay(group["ema_decay"])
+    check_dtype(group.get("ema_dtype"), "ema_dtype of a param group")
     if not isinstance(group.get("ema_enabled", True), bool):
         raise TypeError(f"ema_enabled must be True or False, got {group['ema_enabled']!r}")
 
@@ -82,6 +105,20 @@ def check_tensor(what: str, value: object, param: Tensor) -> None:
             f"{tuple(value.shape)} and {value.dtype}: it is damaged or another model's"
         )
     check_layout(what, value, param)
+
+
+def check_low(what: str, low: object, param: Tensor) -> None:
+    """Raise ValueError for a value that cannot be the low-order part of the EMA of ``param``."""
+    kinds = [format.low for format in FORMATS.values() if format.low]
+    if not isinstance(low, torch.Tensor):
+        raise TypeError(f"{what} must be a tensor, got {low!r}")
+    if low.dtype not in kinds or low.shape != param.shape:
+        got = tuple(low.shape), low.dtype
+        raise ValueError(
+            f"{what} must have shape {tuple(param.shape)} and a dtype of {kinds}, got {got}: it is "
+            "damaged or another model's"
+        )
+    check_layout(what, low, param)
 
 
 def same_option(one: object, other: object) -> bool:

@@ -20,6 +20,7 @@ fp64 EMA, it is updated as one.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from torch import Tensor
 from ._rounding import Noise
 from ._scratch import CHUNK, batches_of, columns
 from ._update import copy_, ema_update_
+
+EMADtype = torch.dtype | Literal["float32_compensated", "float24"] | None
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,13 @@ class Format:
     main: torch.dtype
     low: torch.dtype | None = None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether an update is more than the plain one of its main tensor."""
+        return self.low is not None or self.main == torch.bfloat16
 
-FORMATS: dict[str | torch.dtype, Format] = {
+
+FORMATS: dict[EMADtype, Format] = {
     "float32_compensated": Format(torch.float32, torch.bfloat16),
     "float24": Format(torch.bfloat16, torch.int8),
     torch.bfloat16: Format(torch.bfloat16),

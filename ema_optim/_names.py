@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._config import check_tensor
+from ._buckets import own_dtypes
+from ._config import check_tensor, whole_format
+from ._formats import EMADtype
 from ._shadow import ShadowSet, no_autograd
 from ._sharding import local, reshard_model
 from ._slots import Group, Slot
+from ._store import stored
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -41,7 +44,7 @@ def ema_state(shadow: ShadowSet, groups: Sequence[Group], model: nn.Module) -> d
     members = set(shadow.members(groups))
     names = {n: t for n, t in _named_tensors(model).items() if t in members}
     with no_autograd():
-        state = {n: shadow.place(t, shadow.ema_of(t)) for t, n in unique(names).items()}
+        state = {name: _whole(shadow, tensor) for tensor, name in unique(names).items()}
     if members and not state:
         raise ValueError(
             "the model must own parameters of this optimizer, got a model that has none of its "
@@ -65,12 +68,12 @@ def load_ema_state(
     targets = {name: named[name] for name in found if name in named and named[name] in members}
     if strict:
         _check_names(found, targets, {n: t for n, t in named.items() if t in members})
-    slots = {}
+    slots, dtypes = {}, own_dtypes(groups)
     for name, param in targets.items():
         check_tensor(f"the EMA of {name}", found[name], param)
     _check_tied({name: found[name] for name in targets}, named)
     for name, param in targets.items():
-        slots[param] = _loaded_slot(shadow, param, found[name])
+        slots[param] = _loaded_slot(shadow, param, found[name], dtypes.get(param))
     shadow.forget_cache()
     shadow.slots.update(slots)
     shadow.step = max(shadow.step, shadow.update_after_step + 1)
@@ -80,12 +83,15 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**named_buffers(model), **named_parameters(model)}
 
 
-def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor) -> Slot:
+def _whole(shadow: ShadowSet, param: Tensor) -> Tensor:
+    return stored(param, shadow.ema_of(param), whole_format(param.dtype, shadow.dtype))[0]
+
+
+def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, dtype: EMADtype) -> Slot:
     old = shadow.slots.get(param)
     updates = max(1, old.updates if old is not None else 0)
-    with no_autograd():
-        # No share: none of what was loaded is this run's initial weights.
-        return Slot(shadow.place(param, value), updates, share=0.0)
+    # No share: none of what was loaded is this run's initial weights.
+    return shadow.slot_of(param, (value, None), dtype, updates=updates, share=0.0)
 
 
 def _check_names(

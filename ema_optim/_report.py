@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ._shadow import ShadowSet, no_autograd
-from ._sharding import by_spread, locals_of, sum_over_ranks
+from ._sharding import by_spread, local, locals_of, sum_over_ranks
 from ._slots import Group, Slot
 from ._update import non_finite, relative_distance, squared_norms
 from ._warnings import warn
@@ -33,7 +33,7 @@ def _distance(shadow: ShadowSet, params: Sequence[Tensor]) -> float:
     squares = []
     with no_autograd():
         for spread, members in by_spread(params).items():
-            emas = locals_of(shadow.ema_of(param) for param in members)
+            emas = (local(shadow.ema_of(param)) for param in members)  # one at a time
             weights = locals_of(shadow.weights_of(param) for param in members)
             for norms in squared_norms(emas, weights):
                 squares.append(sum_over_ranks(norms, spread).tolist())
@@ -70,7 +70,7 @@ def check_finite(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     """Warn of an EMA that holds NaN or infinite values (on this rank)."""
     counted = shadow.counted(groups)
     with no_autograd():
-        bad = non_finite(locals_of(shadow.ema_of(param) for param in counted))
+        bad = non_finite(locals_of(shadow.main_of(param) for param in counted))
     if bad:
         warn(
             f"{len(bad)} of {len(counted)} EMA tensors hold NaN or infinite values: the training "

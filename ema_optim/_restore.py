@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ._checkpoint import GROUP_OPTIONS, StateDict, marks, packed_pairs, split
-from ._config import check_options, check_tensor
+from ._config import check_low, check_options, check_tensor, format_name
+from ._formats import FORMATS, Format
 from ._shadow import ShadowSet, no_autograd
 from ._slots import Group, Slot
 
@@ -53,6 +54,7 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
     _check_groups(groups, state_dict["param_groups"])
     inner, own = split(state_dict)
     swapped = any(bool(group.get("ema_swapped")) for group in state_dict["param_groups"])
+    inner["param_groups"] = state_dict["param_groups"]  # with the marks
     entries, missing = _find_entries(groups, inner, own, swapped)
     if missing and (swapped or entries):
         raise ValueError(
@@ -76,7 +78,7 @@ def keep_options(groups: Sequence[Group], before: Sequence[Group], shadow: Shado
         for key in GROUP_OPTIONS:
             if key in old:
                 group.setdefault(key, old[key])
-        group.update(marks(shadow))
+        group.update(marks(shadow, group))
 
 
 def check_form(state_dict: Mapping[str, Any]) -> None:
@@ -94,15 +96,19 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
 class _Entry:
     """The EMA of one parameter as a checkpoint has it, checked."""
 
-    def __init__(self, param: Tensor, saved: StateDict, decay: float | None, label: str) -> None:
+    def __init__(self, param: Tensor, saved: StateDict, options: Group, label: str) -> None:
         for key in ("ema", "ema_step"):
             if key not in saved:
                 raise ValueError(f"{key} of {label} must be in the checkpoint, got {sorted(saved)}")
         for key in ("ema", "ema_weights"):
             if key in saved:
                 check_tensor(f"{key} of {label}", saved[key], param)
+        if "ema_low" in saved:
+            check_low(f"ema_low of {label}", saved["ema_low"], param)
+        _check_format(saved, options.get("ema_format"), label)
         self.count = _count(saved["ema_step"], label)
-        self.param, self.saved, self.decay, self.label = param, saved, decay, label
+        self.param, self.saved, self.label = param, saved, label
+        self.decay, self.dtype = options.get("ema_decay"), options.get("ema_dtype")
 
     def slot(self, shadow: ShadowSet, step: int, swapped: bool) -> Slot:
         if self.count > step:
@@ -111,9 +117,10 @@ class _Entry:
                 f"{self.count}: the checkpoint is damaged"
             )
         updates, share = shadow.counter_at(self.count, step, self.decay)
-        with no_autograd():
-            slot = Slot(shadow.place(self.param, self.saved["ema"]), updates, share)
-            if swapped:
+        parts = self.saved["ema"], self.saved.get("ema_low")
+        slot = shadow.slot_of(self.param, parts, self.dtype, updates=updates, share=share)
+        if swapped:
+            with no_autograd():
                 slot.parked = self._parked(shadow, slot)
         return slot
 
@@ -141,7 +148,7 @@ def _find_entries(
         enabled = options.get("ema_enabled", True)
         if key in own and (enabled or swapped):
             label = _label(groups, param)
-            entries.append(_Entry(param, own[key], options.get("ema_decay"), label))
+            entries.append(_Entry(param, own[key], options, label))
         elif enabled and param.requires_grad and inner["state"].get(key):
             missing.append(_label(groups, param))
     return entries, missing
@@ -186,6 +193,21 @@ def _count(value: object, label: str) -> int:
             "checkpoint is damaged"
         )
     return value
+
+
+def _check_format(saved: StateDict, name: str | None, label: str) -> None:
+    """Raise ValueError for an EMA that is not in the format it was saved in."""
+    low = saved.get("ema_low")
+    found = Format(saved["ema"].dtype, None if low is None else low.dtype)
+    named = {format_name(dtype): format for dtype, format in FORMATS.items()}
+    whole = found.low is None and found.main.itemsize >= 4
+    if name is None or (found == named[name] if name in named else whole):
+        return
+    raise ValueError(
+        f"ema of {label} must be as it was saved ({name}), got {found.main} and {found.low}: a "
+        "distributed load casts to its template. Load it into an optimizer built with the dtype it "
+        "was saved with"
+    )
 
 
 def _is_cast(count: object) -> bool:

@@ -8,18 +8,21 @@ Everything mutable sits in this object, so that a proxy of the optimizer (Lightn
 to one with a ``__dict__`` of its own) and the optimizer itself can never disagree.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._config import check_count, check_dtype, check_group_decay, check_module, ema_dtype
+from ._buckets import Bucket, Cache, follows, group_options, is_dry, make_buckets, own_dtypes
+from ._config import check_count, check_dtype, check_module, check_options, ema_format
+from ._formats import FORMATS, EMADtype
 from ._memory import shared_memory
-from ._sharding import is_sharded, local, part_for, refuse_flat
-from ._slots import Bucket, Cache, Group, Slot, group_options, place_of
-from ._update import Casts, copy_
+from ._sharding import refuse_flat
+from ._slots import Group, Slot
+from ._store import Parts, restored, stored, value_of
+from ._warnings import warn
 from .schedules import Decay, check_decay, decay_factor, initial_share
 
 
@@ -42,8 +45,8 @@ class ShadowSet:
         decay: Float or schedule.
         update_every: Optimizer steps between two updates.
         update_after_step: Optimizer steps until averaging begins.
-        dtype: How an EMA tensor is stored; None is fp32 for every narrower float, else the
-            parameter's own dtype.
+        dtype: How an EMA tensor is stored, see ``_formats``; None is fp32 for every narrower float,
+            else the parameter's own dtype. A group's own ``ema_dtype`` goes before.
         module: The module that holds the FSDP2 modules, where they are not found by themselves.
         reseeds: Whether the first average begins at the weights of the moment before it, or (where
             the steps are not seen) at those of the birth.
@@ -54,7 +57,7 @@ class ShadowSet:
         decay: Decay,
         update_every: int,
         update_after_step: int,
-        dtype: torch.dtype | None,
+        dtype: EMADtype,
         module: nn.Module | None = None,
         reseeds: bool = True,
     ) -> None:
@@ -100,8 +103,8 @@ class ShadowSet:
             for bucket in buckets:
                 if bucket.updates(self.step) == 0:
                     with no_autograd():
-                        copy_(bucket.emas, bucket.weights())
-        if self.step == 0 and _is_dry(groups):
+                        bucket.seed()
+        if self.step == 0 and is_dry(groups):
             return None
         tick = self.step + 1 - self.update_after_step
         if tick <= 0 or tick % self.update_every:
@@ -114,8 +117,14 @@ class ShadowSet:
             return
         with no_autograd():
             for bucket, factor in plan:
-                bucket.average(factor)
+                bucket.average(factor, self.step)
         self.step += 1
+
+    def seed(self, groups: Sequence[Group]) -> None:
+        """Have every EMA begin at the weights of now."""
+        with no_autograd():
+            for bucket in self._fresh_buckets(groups):
+                bucket.seed()
 
     def settle(self) -> None:
         """Write the buckets' counters back to the slots; they cost nothing per step this way."""
@@ -174,6 +183,11 @@ class ShadowSet:
         slot = self.slots.get(param)
         if slot is None or not slot.updates:
             return param.detach()
+        return value_of(self.main_of(param), slot.low)
+
+    def main_of(self, param: Tensor) -> Tensor:
+        """The main tensor of the EMA of a parameter that has one, wherever it is now."""
+        slot = self.slots[param]
         exchanged = param in self.swapped and slot.parked is None
         return param.detach() if exchanged else slot.ema
 
@@ -191,15 +205,21 @@ class ShadowSet:
             for group in groups
             if group.get("ema_enabled", True)
             for param in group["params"]
-            if param in self.slots or _follows(group, param)
+            if param in self.slots or follows(group, param)
         }
         return list(members)
 
-    def birth(self, param: Tensor) -> Slot:
-        """A new slot that holds the parameter's weights, in the EMA's dtype and its strides."""
+    def birth(self, param: Tensor, dtype: EMADtype = None) -> Slot:
+        """A new slot that holds the parameter's weights; ``dtype`` is its group's own, if any."""
         refuse_flat([param])
+        return self.slot_of(param, (param, None), dtype)
+
+    def slot_of(self, param: Tensor, parts: Parts, dtype: EMADtype = None, **counts: Any) -> Slot:
+        """A slot of what ``parts`` hold, in the format that is wanted for the parameter."""
+        format = ema_format(param.dtype, self.dtype if dtype is None else dtype)
         with no_autograd():
-            return Slot(self.place(param, param))
+            main, low = restored(param, parts, format)
+        return Slot(main, low=low, **counts)
 
     def hand_over(self, old: Tensor, new: Tensor) -> None:
         """Let the slot of a tensor that was replaced be its successor's."""
@@ -213,15 +233,10 @@ class ShadowSet:
         """
         waits = self.reseeds or self.step < self.update_after_step
         if waits and not self.slots[param].updates:
-            self.slots[param].ema = self.birth(param).ema
+            slot = self.slots[param]
+            with no_autograd():
+                slot.ema, slot.low = stored(param, param, slot.format)
             self._cache = None  # a placeholder has no counters to settle
-
-    def place(self, param: Tensor, value: Tensor) -> Tensor:
-        """A copy of ``value`` as the EMA of ``param`` is stored: dtype, device and strides."""
-        dtype = ema_dtype(param.dtype, self.dtype)
-        ema = torch.empty_like(param, dtype=dtype, requires_grad=False)
-        local(ema).copy_(part_for(param, value.detach()))
-        return ema
 
     def decay_in_force(self, groups: Sequence[Group]) -> float:
         """The decay of one step now: that of the first group with an EMA."""
@@ -237,12 +252,16 @@ class ShadowSet:
         if self._cache is not None and self._cache.fits(groups):
             return self._cache.buckets
         options = group_options(groups)
-        for _, decay, _ in options:
-            if decay is not None:
-                check_group_decay(decay)
+        for group in groups:
+            check_options(group)
         self.forget_cache()
+        dtypes = own_dtypes(groups)
         members = self.members(groups)
-        self.slots = {param: self._slot_at(param) for param in members}
+        self.slots = {param: self._slot_at(param, dtypes.get(param)) for param in members}
+        self._warn_of_bfloat16()
+        clock = max(self.step, self.update_after_step)
+        with no_autograd():
+            buckets = make_buckets(groups, self.slots, self.decay, clock)
         params = [param for group in groups for param in group["params"]]
         self._cache = Cache(
             params,
@@ -250,58 +269,29 @@ class ShadowSet:
             [param.dtype for param in params],
             params[0].device if params else None,
             options,
-            self._make_buckets(groups),
+            buckets,
         )
         self._settled_at = self.step
         return self._cache.buckets
 
-    def _slot_at(self, param: Tensor) -> Slot:
+    def _slot_at(self, param: Tensor, dtype: EMADtype) -> Slot:
         slot = self.slots.get(param)
         if slot is None:
-            return self.birth(param)
-        if slot.ema.device != param.device:  # the model was moved
+            return self.birth(param, dtype)
+        wanted = ema_format(param.dtype, self.dtype if dtype is None else dtype)
+        moved = slot.ema.device != param.device
+        if moved or (slot.format != wanted and param not in self.swapped):
             with no_autograd():
-                slot.ema = self.place(param, slot.ema)
+                slot.ema, slot.low = restored(param, (slot.ema, slot.low), wanted)
         return slot
 
-    def _make_buckets(self, groups: Sequence[Group]) -> list[Bucket]:
-        buckets: dict[tuple[Any, ...], Bucket] = {}
-        seen: set[Tensor] = set()
-        for group in groups:
-            decay = group.get("ema_decay")
-            for param in group["params"]:
-                slot = self.slots.get(param)
-                if slot is None or param in seen or not _follows(group, param):
-                    continue
-                seen.add(param)
-                start = max(self.step, self.update_after_step) - slot.updates
-                sharded = is_sharded(param)
-                key = (place_of(param), place_of(slot.ema), decay, start, slot.share, sharded)
-                source = self.decay if decay is None else decay
-                bucket = buckets.setdefault(key, Bucket(source, start, slot.share, sharded))
-                bucket.params.append(param)
-                bucket.emas.append(local(slot.ema))
-                bucket.slots.append(slot)
-        _share_scratch(buckets.values())
-        return list(buckets.values())
-
-
-def _share_scratch(buckets: Iterable[Bucket]) -> None:
-    """Give the buckets of narrower weights one buffer between them."""
-    buffers: dict[Any, Tensor] = {}
-    for bucket in buckets:
-        ema = bucket.emas[0]
-        if ema.dtype != bucket.params[0].dtype:
-            with no_autograd():
-                bucket.casts = Casts(bucket.emas, buffers.get(place_of(ema)))
-            buffers[place_of(ema)] = bucket.casts.scratch
-
-
-def _follows(group: Group, param: Tensor) -> bool:
-    # "ema_buffers" marks the group of a model's float buffers, which never require a gradient.
-    return param.requires_grad or bool(group.get("ema_buffers"))
-
-
-def _is_dry(groups: Sequence[Group]) -> bool:
-    rates = [group.get("lr") for group in groups]
-    return bool(rates) and all(rate is not None and float(rate) == 0.0 for rate in rates)
+    def _warn_of_bfloat16(self) -> None:
+        if "bfloat16" in self.warned:
+            return
+        if any(slot.format == FORMATS[torch.bfloat16] for slot in self.slots.values()):
+            self.warned.add("bfloat16")
+            warn(
+                "an EMA in bfloat16 is off by about one rounding of the weights, 0.3 %: while the "
+                "learning rate is high that is little of what the EMA averages away, and more than "
+                "all of it once the learning rate is decayed. There use dtype='float24'"
+            )

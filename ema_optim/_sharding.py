@@ -68,6 +68,21 @@ def whole_on_first_rank(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
+def first_element(param: Tensor) -> int:
+    """Where this rank's part begins, when the elements of the whole tensor are numbered through."""
+    if not is_sharded(param):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = _layout(param)
+    _, offsets = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    first, row = 0, 1
+    for offset, size in zip(reversed(offsets), reversed(param.shape), strict=True):
+        first += offset * row
+        row *= size
+    return first
+
+
 def check_layout(what: str, value: Tensor, param: Tensor) -> None:
     """Raise ValueError for a DTensor that is spread in another way than its parameter."""
     if not is_sharded(value):

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._checkpoint import STATE_KEYS, slot_entries
-from ._config import check_tensor
+from ._config import check_low, check_tensor
 from ._shadow import ShadowSet, no_autograd
+from ._sharding import local, part_for
+from ._store import restored
 
 
 class ParamState(MutableMapping[str, Any]):
@@ -76,6 +78,8 @@ class StateView(MutableMapping[Any, Any]):
             return
         entries = dict(value)
         own = {k: entries.pop(k) for k in STATE_KEYS if k in entries}
+        if "ema" in own and "ema_low" in own:
+            own["ema"] = own["ema"], own.pop("ema_low")
         if entries or not own or key in self._optimizer.state:
             self._optimizer.state[key] = entries
         if not own:
@@ -130,16 +134,30 @@ def _drop(shadow: ShadowSet, param: Any) -> None:
 
 def _write(shadow: ShadowSet, param: Tensor, key: str, value: Any) -> None:
     """Take what an engine assigns, under our own policy of dtype and device."""
+    main, low = value if isinstance(value, tuple) else (value, None)
     if key == "ema":
-        check_tensor("ema", value, param)
+        check_tensor("ema", main, param)
+    if key == "ema_low" or low is not None:
+        check_low("ema_low", low if key == "ema" else main, param)
     slot = shadow.slots.get(param) or shadow.slots.setdefault(param, shadow.birth(param))
     shadow.forget_cache()
     with no_autograd():
-        if key == "ema":
-            slot.ema = shadow.place(param, value)
+        if key == "ema_low":
+            if slot.low is not None:
+                slot.low = _copy(param, slot.low, main)
+        elif key == "ema" and low is None and main.dtype == slot.ema.dtype:
+            slot.ema = _copy(param, slot.ema, main)
+        elif key == "ema":
+            slot.ema, slot.low = restored(param, (main, low), slot.format)
         elif key == "ema_step":
             if int(value) != shadow.ema_step(slot):
                 shadow.step = max(shadow.step, int(value))  # no parameter is ahead of the clock
                 slot.updates, slot.share = shadow.counter_at(int(value), shadow.step, None)
         elif slot.parked is not None:
             slot.parked = torch.empty_like(param, requires_grad=False).copy_(value)
+
+
+def _copy(param: Tensor, old: Tensor, value: Tensor) -> Tensor:
+    new = torch.empty_like(param, dtype=old.dtype, requires_grad=False)
+    local(new).copy_(part_for(param, value.detach()))
+    return new

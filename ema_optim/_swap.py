@@ -17,6 +17,7 @@ from torch import Tensor
 from ._shadow import ShadowSet, no_autograd
 from ._sharding import holds_on_all_ranks, local, locals_of, reshard
 from ._slots import Group, Slot
+from ._store import read_
 from ._update import Exchange, copy_, non_finite
 from .schedules import decay_factor
 
@@ -40,7 +41,7 @@ def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
             for param, slot in counted.items():
                 # None also where an interrupt has left an old copy: it would be put back.
                 slot.parked = param.detach().clone() if param in parking else None
-            copy_(_weights(parking), _emas(parking))
+            read_(parking, list(parking.values()))
             exchange.run()
             shadow.swapped = counted
         except BaseException:
@@ -66,7 +67,7 @@ def swap_out(shadow: ShadowSet) -> None:
         except BaseException:
             shadow.swapped = swapped
             exchange.undo()
-            copy_(_weights(parking), _emas(parking))
+            read_(parking, list(parking.values()))
             raise
     for slot in parking.values():
         slot.parked = None
@@ -89,7 +90,7 @@ def apply(shadow: ShadowSet, groups: Sequence[Group]) -> None:
         if not shadow.swapped:
             counted = shadow.counted(groups)
             reshard(counted, shadow.module)
-            copy_(_weights(counted), _emas(counted))
+            read_(counted, list(counted.values()))
             return
         exchanged = {p: s for p, s in shadow.swapped.items() if s.parked is None}
         copy_(_emas(exchanged), _weights(exchanged))

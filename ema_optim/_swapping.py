@@ -85,7 +85,7 @@ class SwappingOptimizer(ForwardingOptimizer):
 
     def _mark_groups(self) -> None:
         for group in self.param_groups:
-            group.update(_checkpoint.marks(self._ema))
+            group.update(_checkpoint.marks(self._ema, group))
 
     def _resolve_pending(self) -> None:
         if self._ema.mode == "pending":

@@ -147,7 +147,7 @@ def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def squared_norms(emas: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+def squared_norms(emas: Iterable[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """``[||ema - weights||**2, ||weights||**2]`` over all tensors together, in double precision.
 
     Returns:
@@ -174,7 +174,7 @@ def non_finite(tensors: list[Tensor]) -> list[int]:
     return sorted(_without_norm(_without_norm(filled, 2.0), math.inf))
 
 
-def _differences(emas: list[Tensor], weights: list[Tensor]) -> Iterator[Tensor]:
+def _differences(emas: Iterable[Tensor], weights: list[Tensor]) -> Iterator[Tensor]:
     for pair in zip(emas, weights, strict=True):
         for ema, weight in pieces_of(pair):
             yield ema - weight

@@ -4,15 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import _checkpoint, _merged, _names, _report, _restore, _swap
 from ._buffers import AveragedBuffers, HeldBuffers
-from ._shadow import ShadowSet, no_autograd
-from ._sharding import locals_of
+from ._formats import EMADtype
+from ._shadow import ShadowSet
 from ._slots import Group
-from ._update import copy_
 from .schedules import Decay
 
 
@@ -63,7 +61,7 @@ class EMAModel:
         use_buffers: bool = False,
         update_every: int = 1,
         update_after_step: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: EMADtype = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model)}")
@@ -104,9 +102,7 @@ class EMAModel:
         plan = self._ema.begin_step(self._groups())
         self._ema.finish_step(plan)
         if self._ema.step == self._ema.update_after_step:  # here averaging begins
-            slots = self._ema.slots
-            with no_autograd():
-                copy_(locals_of(s.ema for s in slots.values()), locals_of(slots))
+            self._ema.seed(self._groups())
 
     @contextmanager
     def use_ema(self) -> Iterator[None]:

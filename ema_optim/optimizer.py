@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import _carry, _checkpoint, _names, _report, _restore, _swap
 from ._compiled import CompiledStep
+from ._formats import EMADtype
 from ._forwarding import check_inner, check_new_group, ema_class
 from ._shadow import ShadowSet
 from ._slots import Group
@@ -72,7 +73,7 @@ class EMAOptimizer(SwappingOptimizer):
         *,
         update_every: int = 1,
         update_after_step: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: EMADtype = None,
         module: nn.Module | None = None,
     ) -> None:
         check_inner(optimizer)

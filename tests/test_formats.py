@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ema_optim._formats import FORMATS, decode_, encode_, update_
-from ema_optim._update import CHUNK, ema_update_
+from ema_optim._scratch import CHUNK
+from ema_optim._update import ema_update_
 
 MIB = 2**20
 ROUNDED = ["float24", torch.bfloat16]

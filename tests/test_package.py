@@ -56,7 +56,7 @@ ORDER = [
     ["_update", "_memory"],
     ["_formats"],
     ["_slots"],
-    ["_config"],
+    ["_config", "_store", "_buckets"],
     ["_shadow"],
     ["_swap", "_checkpoint", "_names", "_report", "_compiled"],
     ["_restore", "_state", "_buffers"],

@@ -1000,7 +1000,7 @@ def test_two_callbacks_are_a_value_error(tmp_path, door):
         ({"decay": "fast"}, TypeError, "fast"),
         ({"update_every": 0}, ValueError, "update_every must be at least 1"),
         ({"update_after_step": -1}, ValueError, "update_after_step must be at least 0"),
-        ({"dtype": torch.bfloat16}, ValueError, "dtype must be"),
+        ({"dtype": torch.float16}, ValueError, "dtype must be"),
         ({"evaluate_with": "both"}, ValueError, "evaluate_with must be 'ema' or 'training'"),
     ],
 )

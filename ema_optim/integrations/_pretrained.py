@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from .. import _carry, _names, _restore
 from .._shadow import no_autograd
 from .._sharding import is_sharded
+from .._store import read_
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 
@@ -81,8 +82,7 @@ def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
     saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     loaded = _restore.read(optimizer._ema, optimizer.param_groups, _carry.uncarry(saved))
     with no_autograd():
-        for param, slot in loaded.slots.items():
-            param.detach().copy_(slot.ema)
+        read_(loaded.slots, list(loaded.slots.values()))
 
 
 def _load_saved(model: Any, folder: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._config import same_option
+from .._formats import EMADtype
 from .._shadow import ShadowSet
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
@@ -75,7 +76,7 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
         *,
         update_every: int = 1,
         update_after_step: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: EMADtype = None,
     ) -> None:
         to_check: Any = 0.0 if decay is None or decay == "auto" else decay
         ShadowSet(to_check, update_every, update_after_step, dtype)  # raises
@@ -195,5 +196,5 @@ def _unswapped(optimizer: EMAOptimizer, state_dict: dict[str, Any]) -> dict[str,
     for group, packed in zip(optimizer.param_groups, groups, strict=True):
         for param, key in zip(group["params"], packed["params"], strict=True):
             if "ema" in state.get(key, ()):
-                state[key] = {**state[key], "ema": optimizer._ema.ema_of(param)}
+                state[key] = {**state[key], "ema": optimizer._ema.main_of(param)}
     return {**state_dict, "state": state, "param_groups": groups}

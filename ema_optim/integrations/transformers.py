@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import _merged, _names
 from .._config import check_tensor, same_option
+from .._formats import EMADtype
 from .._shadow import ShadowSet, no_autograd
 from .._sharding import local, part_for, whole_on_first_rank
 from .._warnings import warn
@@ -66,7 +67,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         update_after_step: int = 0,
         evaluate_with: Literal["ema", "training"] = "ema",
         save_ema: bool = True,
-        dtype: torch.dtype | None = None,
+        dtype: EMADtype = None,
     ) -> None:
         if evaluate_with not in ("ema", "training"):
             raise ValueError(f"evaluate_with must be 'ema' or 'training', got {evaluate_with!r}")

@@ -1,0 +1,63 @@
+"""Slots in their storage formats: how values get in and out."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._formats import Format, decode_, encode_
+from ._sharding import local, locals_of, part_for
+from ._slots import Slot, place_of
+
+Parts = tuple[Tensor, Tensor | None]
+
+
+def stored(param: Tensor, value: Tensor, format: Format) -> Parts:
+    """``value`` as the EMA of ``param`` is kept: its format, device, strides, part of this rank."""
+    main, low = _empty(param, format)
+    lows = [] if low is None else [local(low)]
+    encode_([local(main)], lows, [part_for(param, value.detach())])
+    return main, low
+
+
+def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
+    """What a checkpoint holds, as the EMA of ``param`` is kept: bit for bit in the same format."""
+    main, low = parts
+    if Format(main.dtype, None if low is None else low.dtype) != format:
+        return stored(param, value_of(main, low), format)
+    kept = _empty(param, format)
+    for target, source in zip(kept, parts, strict=True):
+        if target is not None and source is not None:
+            local(target).copy_(part_for(param, source.detach()))
+    return kept
+
+
+def value_of(main: Tensor, low: Tensor | None) -> Tensor:
+    """The stored value in one tensor, exactly; the main tensor itself where that is all."""
+    if low is None:
+        return main
+    # A remainder of fp32 needs more digits than fp32 has.
+    dtype = torch.float64 if main.dtype == torch.float32 else torch.float32
+    value = torch.empty_like(main, dtype=dtype)
+    decode_([local(value)], [local(main)], [local(low)])
+    return value
+
+
+def read_(targets: Iterable[Tensor], slots: Sequence[Slot]) -> None:
+    """Copy the EMA of each slot into a tensor of any float dtype, rounding to nearest."""
+    groups: dict[object, tuple[list[Tensor], list[Slot]]] = {}
+    for target, slot in zip(targets, slots, strict=True):
+        key = (place_of(target), place_of(slot.ema), slot.format)
+        kept = groups.setdefault(key, ([], []))
+        kept[0].append(local(target))
+        kept[1].append(slot)
+    for whole, members in groups.values():
+        lows = [local(slot.low) for slot in members if slot.low is not None]
+        decode_(whole, locals_of(slot.ema for slot in members), lows)
+
+
+def _empty(param: Tensor, format: Format) -> Parts:
+    main = torch.empty_like(param, dtype=format.main, requires_grad=False)
+    if format.low is None:
+        return main, None
+    return main, torch.empty_like(param, dtype=format.low, requires_grad=False)
