@@ -24,7 +24,9 @@ def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
     """What a checkpoint holds, as the EMA of ``param`` is kept: bit for bit in the same format."""
     main, low = parts
     if Format(main.dtype, None if low is None else low.dtype) != format:
-        return stored(param, value_of(main, low), format)
+        # The remainder of an fp32 tensor needs more digits than fp32 has.
+        exact = main if low is None else _decoded(main, low, torch.float64)
+        return stored(param, exact, format)
     kept = _empty(param, format)
     for target, source in zip(kept, parts, strict=True):
         if target is not None and source is not None:
@@ -33,11 +35,11 @@ def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
 
 
 def value_of(main: Tensor, low: Tensor | None) -> Tensor:
-    """The stored value in one tensor, exactly; the main tensor itself where that is all."""
-    if low is None:
-        return main
-    # A remainder of fp32 needs more digits than fp32 has.
-    dtype = torch.float64 if main.dtype == torch.float32 else torch.float32
+    """The EMA weights in one tensor, as a swap shows them; the main tensor where that is all."""
+    return main if low is None else _decoded(main, low, torch.float32)
+
+
+def _decoded(main: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     value = torch.empty_like(main, dtype=dtype)
     decode_([local(value)], [local(main)], [local(low)])
     return value

@@ -223,10 +223,11 @@ MOMENTS = {
 STEPS = {"epoch=0": 4, "step=6": 6, "last": 8, "during": 4}
 
 
-def interrupted(folder, moment, kind="automatic", **options):
+def interrupted(folder, moment, kind="automatic", dtype=None, **options):
     """Two of three epochs, with a checkpoint; returns its path and the trainer."""
     saver, name = MOMENTS[moment]
-    model, path, callbacks = new(kind), Path(folder, f"{name}.ckpt"), [EMAWeights(DECAY)]
+    callbacks = [EMAWeights(DECAY, dtype=dtype)]
+    model, path = new(kind), Path(folder, f"{name}.ckpt")
     if saver is None:
         model.in_validation = lambda: save_once(trainer, path)
     else:
@@ -250,6 +251,19 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, moment, precision):
     resumed = fit(new(), [EMAWeights(DECAY)], path, precision=precision)
     assert same(training_state(resumed), training_state(whole))
     assert same(ema_state(resumed), ema_state(whole))
+
+
+@pytest.mark.filterwarnings("ignore:an EMA in bfloat16")
+@pytest.mark.parametrize("format", ["float32_compensated", "float24", torch.bfloat16])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("moment", ["at a step", "during a validation"])
+def test_resumed_run_goes_on_in_every_storage_format(tmp_path, moment, precision, format):
+    path, _ = interrupted(tmp_path, moment, dtype=format, precision=precision)
+    runs = []
+    for start in (None, path):
+        trainer = fit(new(), [EMAWeights(DECAY, dtype=format)], start, precision=precision)
+        runs.append([training_state(trainer), trainer.optimizers[0].state_dict()["state"]])
+    assert same(*runs)
 
 
 @pytest.mark.parametrize("moment", ["after a validation", "during a validation"])

@@ -393,6 +393,9 @@ EMAS = {
     "late": {"decay": 0.5, "update_after_step": 5},
     "schedule": {"decay": warmup_decay(0.9)},
     "float64": {"decay": DECAY, "dtype": torch.float64},
+    "float32_compensated": {"decay": DECAY, "dtype": "float32_compensated"},
+    "float24": {"decay": DECAY, "dtype": "float24"},
+    "bfloat16": {"decay": DECAY, "dtype": torch.bfloat16},
 }
 RESUMED = {
     "fp32": (llama, {}, {}),
@@ -417,6 +420,7 @@ def facts(trainer, callback):
 
 
 @pytest.mark.filterwarnings("ignore:the EMA still holds")  # large decays tell the clocks apart
+@pytest.mark.filterwarnings("ignore:an EMA in bfloat16")
 @pytest.mark.parametrize("evaluate", [None, 2, 3], ids=["", "evaluated", "not evaluated"])
 @pytest.mark.parametrize("row", RESUMED)
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, row, evaluate):
@@ -429,6 +433,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, row, evaluate):
         trainer = fit(build(seed), tmp_path / str(seed), callback, resume=resume, **options)
         runs.append(facts(trainer, callback))
     assert same(*runs)
+
+
+@pytest.mark.filterwarnings("ignore:an EMA in bfloat16")
+@pytest.mark.parametrize("format", ["float32_compensated", "float24", torch.bfloat16])
+def test_every_storage_format_is_deployed_and_ends_with_the_best(tmp_path, format):
+    callback, options = EMACallback(DECAY, dtype=format), saves(2, evaluate=2)
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = fit(llama(), tmp_path, callback, **options)
+    last = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-8/ema")
+    assert same(parameters(last), callback.get_ema_state())
+    best = LlamaForCausalLM.from_pretrained(trainer.state.best_model_checkpoint + "/ema")
+    assert same(parameters(trainer.model), parameters(best))
 
 
 @pytest.mark.parametrize("build", [llama, unused, unused_bf16])
