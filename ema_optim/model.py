@@ -37,8 +37,8 @@ class EMAModel:
             ``decay ** update_every``. Default 1.
         update_after_step: Optimizer steps until averaging begins; until then the EMA is the
             training weights. Default 0.
-        dtype: How an EMA tensor is stored: ``torch.float32`` or ``torch.float64``. Default None:
-            fp32 for every narrower float, else the tensor's own dtype.
+        dtype: How an EMA tensor is stored, as for ``EMAOptimizer``. Default None: fp32 for every
+            narrower float, else the tensor's own dtype.
 
     Raises:
         TypeError: ``model`` is no module.

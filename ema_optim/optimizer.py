@@ -35,7 +35,8 @@ class EMAOptimizer(SwappingOptimizer):
 
     The trajectory of the training weights is bit-equal to that of the inner optimizer alone. The
     EMA is part of ``state_dict()``, in fp32 for every narrower parameter. Param groups may carry
-    their own ``ema_decay`` (a float, honoured live like ``lr``) or ``ema_enabled=False``.
+    their own ``ema_decay`` (a float, honoured live like ``lr``), ``ema_dtype`` or
+    ``ema_enabled=False``.
 
     Args:
         optimizer: The inner optimizer, built as usual; used through this wrapper from now on.
@@ -46,9 +47,11 @@ class EMAOptimizer(SwappingOptimizer):
             ``decay ** update_every``, so that the window stays the same. Default 1: the exact EMA.
         update_after_step: Optimizer steps until averaging begins; until then the EMA is the
             training weights. Default 0.
-        dtype: How an EMA tensor is stored: ``torch.float32`` or ``torch.float64``. Default None:
-            fp32 for every narrower float, else the parameter's own dtype. A narrower EMA would
-            stop moving: at decay 0.999 its steps are below half of bf16's rounding.
+        dtype: How an EMA tensor is stored: ``torch.float32``, ``torch.float64``, ``"float24"`` (3
+            bytes) or ``torch.bfloat16`` (2 bytes), both rounded stochastically, or
+            ``"float32_compensated"`` (6 bytes) for decays of 0.9999 and more. Default None: fp32
+            for every narrower float, else the parameter's own dtype. Rounded to nearest into a
+            narrower dtype an EMA would stop moving.
         module: The model, to name the FSDP2 modules that own the parameters. Default None: they
             are found by themselves.
 
@@ -118,7 +121,7 @@ class EMAOptimizer(SwappingOptimizer):
         """Add a param group; the EMA of its parameters begins at their weights at the next step.
 
         Args:
-            param_group: As torch takes it; may carry ``ema_decay`` and ``ema_enabled``.
+            param_group: As torch takes it; may carry ``ema_decay``, ``ema_dtype``, ``ema_enabled``.
 
         Raises:
             ValueError: The group has no parameters, or its ``ema_decay`` is not in [0, 1].
@@ -163,8 +166,8 @@ class EMAOptimizer(SwappingOptimizer):
                 load them there.
 
         Returns:
-            Fresh copies in the EMA's dtype, one for each unique parameter of this optimizer; of a
-            DTensor a DTensor, without communication.
+            Fresh copies in the EMA's dtype (of a storage format in fp32), one for each unique
+            parameter of this optimizer; of a DTensor a DTensor, without communication.
 
         Raises:
             ValueError: The model has no parameter of this optimizer.
