@@ -9,7 +9,8 @@ from torch import nn
 
 from ema_optim import EMAModel, EMAOptimizer, strip_ema_state_dict
 from ema_optim._config import ema_format
-from ema_optim._formats import decode_
+from ema_optim._formats import decode_, update_
+from ema_optim._store import stored
 
 DECAY = 0.9
 FORMATS = ["float32_compensated", "float24", torch.bfloat16]
@@ -288,3 +289,25 @@ def test_a_weight_that_is_not_a_number_is_reported(format):
     run.train([2])
     with pytest.warns(UserWarning, match="NaN"), run.optimizer.swap_ema_weights():
         pass
+
+
+def parts(param, format):
+    main, low = stored(param, param, ema_format(torch.float32, format))
+    return [main], [] if low is None else [low]
+
+
+@formats
+def test_the_step_and_the_position_in_the_model_decide_on_every_bit(format):
+    params = [nn.Parameter(torch.randn(shape)) for shape in [(5, 3), (4,), (2, 2)]]
+    params[1].requires_grad_(False)  # a frozen one keeps its place in the numbering
+    optimizer = EMAOptimizer(torch.optim.SGD(params, lr=0.1), DECAY, dtype=format)
+    expected = {i: parts(params[i], format) for i in (0, 2)}
+    for step in range(3):
+        for i in expected:
+            params[i].grad = torch.randn_like(params[i])
+        optimizer.step()
+        for i, (mains, lows) in expected.items():
+            update_(mains, lows, [params[i].detach()], DECAY, step, [(0, 15, 19)[i]])
+            kept = optimizer.state[params[i]]
+            assert torch.equal(kept["ema"], mains[0])
+            assert not lows or torch.equal(kept["ema_low"], lows[0])
