@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._formats import EMADtype, encode_, update_
+from ._quantized import dense, is_quantized
 from ._sharding import first_element, is_sharded, local, local_parts
 from ._slots import Group, Slot, place_of
 from ._update import Casts, ema_update_
@@ -29,6 +30,7 @@ class Bucket:
     start: int
     share: float
     sharded: bool = False
+    quantized: bool = False
     casts: Casts | None = None
     params: list[Tensor] = field(default_factory=list)
     emas: list[Tensor] = field(default_factory=list)
@@ -57,7 +59,9 @@ class Bucket:
         encode_(self.emas, self.lows, self.weights())
 
     def weights(self) -> list[Tensor]:
-        return local_parts(self.params) if self.sharded else self.params
+        if self.sharded:
+            return local_parts(self.params)
+        return list(map(dense, self.params)) if self.quantized else self.params
 
     def updates(self, step: int) -> int:
         return max(0, step - self.start)
@@ -117,9 +121,12 @@ def make_buckets(
             slot = slots.get(param)
             if slot is not None and param not in seen and follows(group, param):
                 sharded, start = is_sharded(param), clock - slot.updates
-                kind = (place_of(param), place_of(slot.ema), slot.format, sharded)
+                # Quantized weights are dense one at a time: each has a bucket of its own.
+                alone = param if is_quantized(param) else None
+                kind = (place_of(param), place_of(slot.ema), slot.format, sharded, alone)
                 bucket = buckets.setdefault(
-                    (*kind, own, start, slot.share), Bucket(source, start, slot.share, sharded)
+                    (*kind, own, start, slot.share),
+                    Bucket(source, start, slot.share, sharded, alone is not None),
                 )
                 bucket.add(param, slot, first + first_element(param))
             seen.add(param)

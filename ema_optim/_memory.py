@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ._quantized import is_quantized
 from ._sharding import local
 
 
@@ -12,7 +13,8 @@ def shared_memory(tensors: Iterable[Tensor]) -> set[Tensor]:
     """The tensors whose memory ranges overlap with another's."""
     by_device: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
     for tensor in tensors:
-        if local(tensor).numel():
+        # Quantized weights have no address, and are never exchanged.
+        if local(tensor).numel() and not is_quantized(tensor):
             by_device.setdefault(tensor.device, []).append((*_bytes(local(tensor)), tensor))
     shared: set[Tensor] = set()
     for spans in by_device.values():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ._quantized import apart, dense
 from ._shadow import ShadowSet, no_autograd
 from ._sharding import by_spread, local, locals_of, sum_over_ranks
 from ._slots import Group, Slot
@@ -33,10 +34,11 @@ def _distance(shadow: ShadowSet, params: Sequence[Tensor]) -> float:
     squares = []
     with no_autograd():
         for spread, members in by_spread(params).items():
-            emas = (local(shadow.ema_of(param)) for param in members)  # one at a time
-            weights = locals_of(shadow.weights_of(param) for param in members)
-            for norms in squared_norms(emas, weights):
-                squares.append(sum_over_ranks(norms, spread).tolist())
+            for batch in apart(members):
+                emas = (local(shadow.ema_of(param)) for param in batch)  # one at a time
+                weights = locals_of(dense(shadow.weights_of(param)) for param in batch)
+                for norms in squared_norms(emas, weights):
+                    squares.append(sum_over_ranks(norms, spread).tolist())
     return relative_distance(squares)
 
 

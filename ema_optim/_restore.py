@@ -10,6 +10,7 @@ from torch import Tensor
 from ._checkpoint import GROUP_OPTIONS, StateDict, marks, packed_pairs, split
 from ._config import check_low, check_options, check_tensor, format_name
 from ._formats import FORMATS, Format
+from ._quantized import copy_like
 from ._shadow import ShadowSet, no_autograd
 from ._slots import Group, Slot
 
@@ -126,8 +127,7 @@ class _Entry:
 
     def _parked(self, shadow: ShadowSet, slot: Slot) -> Tensor | None:
         if "ema_weights" in self.saved:
-            parked = torch.empty_like(self.param, requires_grad=False)
-            return parked.copy_(self.saved["ema_weights"])
+            return copy_like(self.param, self.saved["ema_weights"])
         if shadow.parks(self.param, slot):
             raise ValueError(
                 f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "

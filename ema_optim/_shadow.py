@@ -19,8 +19,9 @@ from ._buckets import Bucket, Cache, follows, group_options, is_dry, make_bucket
 from ._config import check_count, check_dtype, check_module, check_options, ema_format
 from ._formats import FORMATS, EMADtype
 from ._memory import shared_memory
+from ._quantized import dense, is_quantized
 from ._sharding import refuse_flat
-from ._slots import Group, Slot
+from ._slots import Group, Slot, place_of
 from ._store import Parts, restored, stored, value_of
 from ._warnings import warn
 from .schedules import Decay, check_decay, decay_factor, initial_share
@@ -170,8 +171,8 @@ class ShadowSet:
         """Whether a swap parks the weights, because an exchange would round or mix values."""
         if self._shared is None:
             self.look_at_memory()
-        other = param.dtype != slot.ema.dtype or param.device != slot.ema.device
-        return other or param in (self._shared or ())
+        alike = place_of(param) == place_of(slot.ema) and not is_quantized(param)
+        return not alike or param in (self._shared or ())
 
     def look_at_memory(self) -> None:
         """Find out anew which parameters share memory: ``param.data = ...`` may have changed it."""
@@ -182,7 +183,7 @@ class ShadowSet:
         self.settle()
         slot = self.slots.get(param)
         if slot is None or not slot.updates:
-            return param.detach()
+            return dense(param.detach())
         return value_of(self.main_of(param), slot.low)
 
     def main_of(self, param: Tensor) -> Tensor:
@@ -251,7 +252,6 @@ class ShadowSet:
     def _fresh_buckets(self, groups: Sequence[Group]) -> list[Bucket]:
         if self._cache is not None and self._cache.fits(groups):
             return self._cache.buckets
-        options = group_options(groups)
         for group in groups:
             check_options(group)
         self.forget_cache()
@@ -259,8 +259,8 @@ class ShadowSet:
         members = self.members(groups)
         self.slots = {param: self._slot_at(param, dtypes.get(param)) for param in members}
         self._warn_of_bfloat16()
-        clock = max(self.step, self.update_after_step)
         with no_autograd():
+            clock = max(self.step, self.update_after_step)
             buckets = make_buckets(groups, self.slots, self.decay, clock)
         params = [param for group in groups for param in group["params"]]
         self._cache = Cache(
@@ -268,7 +268,7 @@ class ShadowSet:
             [param.requires_grad for param in params],
             [param.dtype for param in params],
             params[0].device if params else None,
-            options,
+            group_options(groups),
             buckets,
         )
         self._settled_at = self.step

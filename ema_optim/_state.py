@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ._checkpoint import STATE_KEYS, slot_entries
 from ._config import check_low, check_tensor
+from ._quantized import copy_like, dense_like
 from ._shadow import ShadowSet, no_autograd
 from ._sharding import local, part_for
 from ._store import restored
@@ -154,10 +155,10 @@ def _write(shadow: ShadowSet, param: Tensor, key: str, value: Any) -> None:
                 shadow.step = max(shadow.step, int(value))  # no parameter is ahead of the clock
                 slot.updates, slot.share = shadow.counter_at(int(value), shadow.step, None)
         elif slot.parked is not None:
-            slot.parked = torch.empty_like(param, requires_grad=False).copy_(value)
+            slot.parked = copy_like(param, value)
 
 
 def _copy(param: Tensor, old: Tensor, value: Tensor) -> Tensor:
-    new = torch.empty_like(param, dtype=old.dtype, requires_grad=False)
+    new = dense_like(param, old.dtype)
     local(new).copy_(part_for(param, value.detach()))
     return new

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._formats import Format, decode_, encode_
+from ._quantized import check_quantized, dense, dense_like, is_quantized, write_
 from ._sharding import local, locals_of, part_for
 from ._slots import Slot, place_of
 
@@ -16,13 +17,14 @@ def stored(param: Tensor, value: Tensor, format: Format) -> Parts:
     """``value`` as the EMA of ``param`` is kept: its format, device, strides, part of this rank."""
     main, low = _empty(param, format)
     lows = [] if low is None else [local(low)]
-    encode_([local(main)], lows, [part_for(param, value.detach())])
+    encode_([local(main)], lows, [part_for(param, dense(value.detach()))])
     return main, low
 
 
 def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
     """What a checkpoint holds, as the EMA of ``param`` is kept: bit for bit in the same format."""
-    main, low = parts
+    check_quantized(param, local(param))
+    parts = main, low = dense(parts[0]), parts[1]
     if Format(main.dtype, None if low is None else low.dtype) != format:
         # The remainder of an fp32 tensor needs more digits than fp32 has.
         exact = main if low is None else _decoded(main, low, torch.float64)
@@ -46,9 +48,12 @@ def _decoded(main: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_(targets: Iterable[Tensor], slots: Sequence[Slot]) -> None:
-    """Copy the EMA of each slot into a tensor of any float dtype, rounding to nearest."""
+    """Copy the EMA of each slot into a tensor of any float dtype, to nearest or as ``write_``."""
     groups: dict[object, tuple[list[Tensor], list[Slot]]] = {}
     for target, slot in zip(targets, slots, strict=True):
+        if is_quantized(target):
+            write_(target, value_of(slot.ema, slot.low))
+            continue
         key = (place_of(target), place_of(slot.ema), slot.format)
         kept = groups.setdefault(key, ([], []))
         kept[0].append(local(target))
@@ -59,7 +64,5 @@ def read_(targets: Iterable[Tensor], slots: Sequence[Slot]) -> None:
 
 
 def _empty(param: Tensor, format: Format) -> Parts:
-    main = torch.empty_like(param, dtype=format.main, requires_grad=False)
-    if format.low is None:
-        return main, None
-    return main, torch.empty_like(param, dtype=format.low, requires_grad=False)
+    main = dense_like(param, format.main)
+    return main, None if format.low is None else dense_like(param, format.low)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._quantized import dense, is_quantized, write_
 from ._shadow import ShadowSet, no_autograd
 from ._sharding import holds_on_all_ranks, local, locals_of, reshard
 from ._slots import Group, Slot
@@ -62,7 +63,7 @@ def swap_out(shadow: ShadowSet) -> None:
         exchange = Exchange(_emas(exchanged), _weights(exchanged))
         try:
             exchange.run()
-            copy_(_weights(parking), _parked(parking))
+            _put_back(parking)
             shadow.swapped = {}
         except BaseException:
             shadow.swapped = swapped
@@ -153,6 +154,14 @@ def _parked(slots: Slots) -> list[Tensor]:
     return locals_of(slot.parked for slot in slots.values() if slot.parked is not None)
 
 
+def _put_back(parking: Slots) -> None:
+    plain = {param: slot for param, slot in parking.items() if not is_quantized(param)}
+    copy_(_weights(plain), _parked(plain))
+    for param, slot in parking.items():
+        if param not in plain and slot.parked is not None:
+            write_(param, slot.parked)
+
+
 def _unpark(parking: Slots) -> None:
     for param, slot in parking.items():
         if slot.parked is not None:
@@ -162,7 +171,7 @@ def _unpark(parking: Slots) -> None:
 
 def _all_equal(swapped: Slots) -> bool:
     kept = ((p, s.ema if s.parked is None else s.parked) for p, s in swapped.items())
-    equal = all(torch.equal(local(param), local(weights)) for param, weights in kept)
+    equal = all(torch.equal(dense(local(p)), dense(local(weights))) for p, weights in kept)
     return holds_on_all_ranks(swapped, equal)
 
 

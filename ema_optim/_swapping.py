@@ -24,6 +24,8 @@ class SwappingOptimizer(ForwardingOptimizer):
 
         Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory:
         at most 4 MiB where the EMA has the parameter's dtype, else one copy in that dtype.
+        Quantized weights (torchao's int8 training) hold the EMA rounded as their class rounds it,
+        the same way at every swap; the training weights' codes and scales come back exactly.
 
         Args:
             enabled: False makes the block an ordinary one.

@@ -52,7 +52,7 @@ def test_schedules_import_only_mathematics():
 
 
 ORDER = [
-    ["schedules", "_warnings", "_sharding", "_scratch", "_merged", "_rounding"],
+    ["schedules", "_warnings", "_quantized", "_sharding", "_scratch", "_merged", "_rounding"],
     ["_update", "_memory"],
     ["_formats"],
     ["_slots"],

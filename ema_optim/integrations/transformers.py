@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _merged, _names
 from .._config import check_tensor, same_option
 from .._formats import EMADtype
+from .._quantized import write_
 from .._shadow import ShadowSet, no_autograd
 from .._sharding import local, part_for, whole_on_first_rank
 from .._warnings import warn
@@ -302,4 +303,4 @@ def _members(model: nn.Module) -> list[Tensor]:
 def _copy(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
     with no_autograd():
         for name, value in state.items():
-            local(named[name]).detach().copy_(part_for(named[name], value))
+            write_(local(named[name]), part_for(named[name], value))
