@@ -7,7 +7,8 @@ The keys are the same at any moment: distributed checkpoints load only what a te
 keys asks for, and a key that came and went would be dropped without a word. While the EMA weights
 are swapped in (``ema_swapped``), "ema" is what the slot holds. For an exchanged tensor that is the
 training weights; where the training weights are parked, "ema" stays the EMA, and "ema_weights"
-(ignored unless ``ema_swapped``) holds the training weights in their own dtype.
+(ignored unless ``ema_swapped``) holds the training weights in their own dtype; quantized ones in
+their own class, which ``torch.load(weights_only=True)`` must be allowed as for the model's file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

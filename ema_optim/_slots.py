@@ -24,7 +24,7 @@ class Slot:
             that is seeded again from the weights.
         share: The share of the initial weights that is still inside the EMA.
         parked: The training weights while the EMA weights are in a parameter that could not take
-            them by exchange (another dtype, or memory shared with another parameter).
+            them by exchange (another dtype, quantized, memory shared with another parameter).
         low: The low-order tensor of a format that has one.
     """
 

@@ -1,8 +1,8 @@
 """The exchange of training weights and EMA weights, in both directions.
 
 An EMA of the parameter's own dtype changes places with the weights through a small scratch
-buffer. Where that would round (another dtype) or mix values (parameters that share memory), the
-training weights are parked in a copy instead and the EMA stays where it is.
+buffer. Where that would round (another dtype, quantized weights) or mix values (parameters that
+share memory), the training weights are parked in a copy instead and the EMA stays where it is.
 
 Everything is written into the parameters under ``no_grad``: addresses stay, and the version counter
 moves, so that a swap between forward and backward raises in backward. Written through ``.data`` it

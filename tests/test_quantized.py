@@ -6,7 +6,10 @@ import warnings
 
 import pytest
 import torch
+from ranks import on_ranks
 from reference import Reference, same
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ema_optim import EMAModel, EMAOptimizer, strip_ema_state_dict
 from ema_optim._store import read_
@@ -346,6 +349,15 @@ def test_quantized_weight_that_would_not_come_back_is_refused_at_birth(
     with pytest.raises(TypeError, match=f"{message}.*'ema_enabled': False"):
         run.optimizer.step()
     assert same(plain(run.model.state_dict()), before)
+
+
+@on_ranks(1)
+def test_quantized_weights_that_fsdp2_has_spread_are_refused(world):
+    model = quantized_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="got a DTensor of Int8QuantizedTrainingLinearWeight"):
+        optimizer.step()
 
 
 def test_quantized_weight_of_a_disabled_group_is_left_alone():

@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     from torchao.optim.subclass_4bit import OptimState4bit
     from torchao.optim.subclass_8bit import OptimState8bit
     from torchao.optim.subclass_fp8 import OptimStateFp8
+    from torchao.prototype.quantized_training import Int8QuantizedTrainingLinearWeight as Int8
 
 STEPS, AT, DECAY = 6, 3, 0.5
 SHAPE = (64, 64)  # of 4096 elements: smaller ones have a state of full precision
@@ -152,3 +153,26 @@ def test_stripped_checkpoint_trains_on_in_the_bare_optimizer(row):
     run, (weights, state, generators) = interrupted(row)
     again = Run(row, wrap=False).load(weights, strip_ema_state_dict(state), generators)
     assert same(again.train(STEPS - AT).trajectory, run.trajectory[AT:])
+
+
+def quantized_run(inner, wrap):
+    """Int8 weights under an optimizer of torchao's, evaluated after every step where wrapped."""
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(Int8.from_float(torch.randn(SHAPE)))
+    optimizer = inner([param], lr=0.01)
+    if wrap:
+        optimizer = EMAOptimizer(optimizer, decay=0.0625)
+    trajectory = []
+    for _ in range(STEPS):
+        param.grad = param.dequantize() + torch.randn(SHAPE)
+        optimizer.step()
+        if wrap:
+            with optimizer.swap_ema_weights():
+                assert not torch.equal(param.dequantize(), param.grad)
+        trajectory.append([param.int_data.clone(), param.scale.clone()])
+    return trajectory
+
+
+@pytest.mark.parametrize("inner", [torchao._AdamW, torchao.AdamW8bit])
+def test_quantized_weights_train_as_without_the_wrapper(inner):
+    assert same(quantized_run(inner, wrap=True), quantized_run(inner, wrap=False))
