@@ -1,6 +1,7 @@
 """The exchange of training weights and EMA weights, in every way it is entered and left."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -99,17 +100,18 @@ class Interrupt(BaseException):
 
 
 class Broken:
-    """Raises at the n-th multi-tensor copy, before or after doing it, and never again."""
+    """Raises at the n-th operation of an exchange, before or after doing it, and never again."""
 
     def __init__(self, monkeypatch, at, after):
-        self.real, self.at, self.after, self.calls = torch._foreach_copy_, at, after, 0
-        monkeypatch.setattr(torch, "_foreach_copy_", self)
+        self.at, self.after, self.calls = at, after, 0
+        for name in ("_foreach_copy_", "bitwise_xor"):
+            monkeypatch.setattr(torch, name, functools.partial(self.call, getattr(torch, name)))
 
-    def __call__(self, targets, sources):
+    def call(self, real, *tensors, **out):
         self.calls += 1
         if self.calls == self.at and not self.after:
             raise Interrupt
-        self.real(targets, sources)
+        real(*tensors, **out)
         if self.calls == self.at and self.after:
             raise Interrupt
 

@@ -202,7 +202,7 @@ def test_exchange_of_a_large_view_leaves_its_gaps_alone(make):
     assert int((left._base != 7.0).sum()) == values.numel()
 
 
-COPIES = 18  # three for each batch of the tensors below
+COPIES = 9  # three for each batch of several of the tensors below
 
 
 def mixed(seed):
@@ -261,6 +261,68 @@ def failing_copy(nth, done):
         raise Injected
 
     return copy
+
+
+def large(seed, dtype):
+    """Two pieces and a half of a scratch buffer, NaN and infinity among them."""
+    random = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(5 * CHUNK // 2, dtype=torch.float32, generator=random).to(dtype)
+    tensor[:: CHUNK // 3] = math.nan
+    tensor[1 :: CHUNK // 3] = math.inf
+    return [tensor]
+
+
+def failing_xor(nth, done):
+    """A ``bitwise_xor`` whose n-th call fails after that share of its elements."""
+    real, calls = torch.bitwise_xor, itertools.count()
+
+    def xor(one, other, out):
+        if next(calls) != nth:
+            return real(one, other, out=out)
+        real(part(one, done), part(other, done), out=part(out, done))
+        raise Injected
+
+    return xor
+
+
+LARGE = [torch.float32, torch.float64, torch.bfloat16, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", LARGE, ids=str)
+@pytest.mark.parametrize("done", [0.0, 0.5, 1.0], ids=["before", "half-way", "after"])
+@pytest.mark.parametrize("nth", range(9))
+def test_undo_restores_both_sides_after_a_failure_of_any_xor(monkeypatch, nth, done, dtype):
+    lefts, rights = large(1, dtype), large(2, dtype)
+    before = clones(lefts + rights)
+    exchange = Exchange(lefts, rights)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "bitwise_xor", failing_xor(nth, done))
+        with pytest.raises(Injected):
+            exchange.run()
+    exchange.undo()
+    assert same_bits(lefts + rights, before)
+
+
+@pytest.mark.parametrize("dtype", [*LARGE, torch.complex128, torch.float16], ids=str)
+def test_large_tensors_are_exchanged_bit_for_bit(dtype):
+    lefts, rights = large(1, dtype), large(2, dtype)
+    before = clones(lefts), clones(rights)
+    Exchange(lefts, rights).run()
+    assert same_bits(lefts, before[1])
+    assert same_bits(rights, before[0])
+
+
+@pytest.mark.parametrize("size", [7, CHUNK, 5 * CHUNK // 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_watched_exchange_doubts_what_is_not_finite(size, value, at):
+    lefts, rights = [torch.ones(size), torch.ones(3)], [torch.zeros(size), torch.zeros(3)]
+    for bad in (False, True):
+        lefts[0][at] = value if bad else 1.0
+        exchange = Exchange(lefts, rights, watched=True)
+        exchange.run()
+        assert exchange.doubtful() == bad
+        exchange.undo()
 
 
 @pytest.mark.parametrize("done", [0.0, 0.5, 1.0], ids=["before", "half-way", "after"])
