@@ -122,7 +122,7 @@ def make_buckets(
             if slot is not None and param not in seen and follows(group, param):
                 sharded, start = is_sharded(param), clock - slot.updates
                 # Quantized weights are dense one at a time: each has a bucket of its own.
-                alone = param if is_quantized(param) else None
+                alone = id(param) if is_quantized(param) else None
                 kind = (place_of(param), place_of(slot.ema), slot.format, sharded, alone)
                 bucket = buckets.setdefault(
                     (*kind, own, start, slot.share),
