@@ -9,6 +9,7 @@ import torch
 
 from ema_optim._scratch import CHUNK
 from ema_optim._update import (
+    Casts,
     Exchange,
     copy_,
     ema_update_,
@@ -283,6 +284,33 @@ def failing_xor(nth, done):
         raise Injected
 
     return xor
+
+
+EVERY_SIZE = [*range(1, 70), 1023, 1024, 4097, 65537]
+
+
+@pytest.mark.parametrize("layout", [torch.clone, transposed, strided, columns])
+@pytest.mark.parametrize("dtype", [*SAME, torch.float16, torch.bfloat16], ids=str)
+def test_one_tensor_alone_is_exchanged_bit_for_bit_at_every_size(layout, dtype):
+    for size in EVERY_SIZE:
+        (left,), (right,) = tensors([(2, size)], dtype, 1), tensors([(2, size)], dtype, 2)
+        ours, theirs = layout(left.clone()), right.clone()
+        Exchange([ours], [theirs]).run()
+        assert same_bits([ours, theirs], [right, left]), size
+
+
+@pytest.mark.parametrize(("weights", "ema"), WIDER, ids=str)
+def test_prepared_casts_average_bit_for_bit_as_fresh_ones_and_follow_the_data(weights, ema):
+    sizes = [*EVERY_SIZE, 0, CHUNK + 5, 3]
+    emas, params = tensors(sizes, ema), [torch.nn.Parameter(p) for p in tensors(sizes, weights, 1)]
+    fresh, casts = clones(emas), Casts(emas)
+    for seed in (2, 3):
+        with torch.no_grad():
+            ema_update_(emas, params, 0.9, casts)
+            ema_update_(fresh, params, 0.9)
+        assert same_bits(emas, fresh)
+        for param, values in zip(params, tensors(sizes, weights, seed), strict=True):
+            param.data = values
 
 
 LARGE = [torch.float32, torch.float64, torch.bfloat16, torch.complex64]
