@@ -2,6 +2,7 @@
 
 No generator is touched, neither torch's global one nor another: the training run sees the same
 random numbers with and without this, and a resumed run goes on with the very same bits.
+(``_fp32_to_bf16_sr`` of torchao draws from the global generator and takes no bits of the caller's.)
 """
 
 from collections.abc import Iterator, Sequence
