@@ -1,7 +1,6 @@
 """The exchange of training weights and EMA weights, in every way it is entered and left."""
 
 import contextlib
-import functools
 
 import pytest
 import torch
@@ -100,18 +99,17 @@ class Interrupt(BaseException):
 
 
 class Broken:
-    """Raises at the n-th operation of an exchange, before or after doing it, and never again."""
+    """Raises at the n-th multi-tensor copy, before or after doing it, and never again."""
 
     def __init__(self, monkeypatch, at, after):
-        self.at, self.after, self.calls = at, after, 0
-        for name in ("_foreach_copy_", "bitwise_xor"):
-            monkeypatch.setattr(torch, name, functools.partial(self.call, getattr(torch, name)))
+        self.real, self.at, self.after, self.calls = torch._foreach_copy_, at, after, 0
+        monkeypatch.setattr(torch, "_foreach_copy_", self)
 
-    def call(self, real, *tensors, **out):
+    def __call__(self, targets, sources):
         self.calls += 1
         if self.calls == self.at and not self.after:
             raise Interrupt
-        real(*tensors, **out)
+        self.real(targets, sources)
         if self.calls == self.at and self.after:
             raise Interrupt
 

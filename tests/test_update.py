@@ -203,7 +203,7 @@ def test_exchange_of_a_large_view_leaves_its_gaps_alone(make):
     assert int((left._base != 7.0).sum()) == values.numel()
 
 
-COPIES = 9  # three for each batch of several of the tensors below
+COPIES = 18  # three for each batch of the tensors below
 
 
 def mixed(seed):
@@ -273,19 +273,6 @@ def large(seed, dtype):
     return [tensor]
 
 
-def failing_xor(nth, done):
-    """A ``bitwise_xor`` whose n-th call fails after that share of its elements."""
-    real, calls = torch.bitwise_xor, itertools.count()
-
-    def xor(one, other, out):
-        if next(calls) != nth:
-            return real(one, other, out=out)
-        real(part(one, done), part(other, done), out=part(out, done))
-        raise Injected
-
-    return xor
-
-
 EVERY_SIZE = [*range(1, 70), 1023, 1024, 4097, 65537]
 
 
@@ -314,21 +301,6 @@ def test_prepared_casts_average_bit_for_bit_as_fresh_ones_and_follow_the_data(we
 
 
 LARGE = [torch.float32, torch.float64, torch.bfloat16, torch.complex64]
-
-
-@pytest.mark.parametrize("dtype", LARGE, ids=str)
-@pytest.mark.parametrize("done", [0.0, 0.5, 1.0], ids=["before", "half-way", "after"])
-@pytest.mark.parametrize("nth", range(9))
-def test_undo_restores_both_sides_after_a_failure_of_any_xor(monkeypatch, nth, done, dtype):
-    lefts, rights = large(1, dtype), large(2, dtype)
-    before = clones(lefts + rights)
-    exchange = Exchange(lefts, rights)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "bitwise_xor", failing_xor(nth, done))
-        with pytest.raises(Injected):
-            exchange.run()
-    exchange.undo()
-    assert same_bits(lefts + rights, before)
 
 
 @pytest.mark.parametrize("dtype", [*LARGE, torch.complex128, torch.float16], ids=str)
