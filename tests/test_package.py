@@ -191,6 +191,14 @@ def test_figures_of_the_readme_are_in_the_raw_output(name):
     assert all(gain in readme for gain in gains)
 
 
+def test_measured_cells_of_the_readme_are_in_the_raw_output():
+    folder = ROOT / "tests" / "benchmarks" / "output"
+    raw = "".join(path.read_text() for path in folder.iterdir())
+    cells = re.findall(r"\+?[\d.]+(?: %)? \[[+\d.]+\]", README)
+    assert len(cells) > 50
+    assert [cell for cell in cells if cell not in raw] == []
+
+
 def test_readme_links_exist():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
