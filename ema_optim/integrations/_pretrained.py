@@ -2,10 +2,12 @@
 
 import glob
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -13,8 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .. import _carry, _names, _restore
+from .._quantized import write_
 from .._shadow import no_autograd
-from .._sharding import is_sharded
+from .._sharding import is_sharded, local, part_for
 from .._store import read_
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
@@ -110,3 +113,15 @@ def _load_file(model: Any, file: str) -> None:
     first = torch.distributed.get_rank() == 0
     state: dict[str, Any] = dict(safetensors.torch.load_file(file)) if first else {}
     set_model_state_dict(model, state, options=options)
+
+
+def members(model: nn.Module) -> list[Tensor]:
+    """The parameters of a model, sharded ones as they are sharded."""
+    return list(_names.named_parameters(model).values())
+
+
+def copy_state(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+    """Copy values by name into parameters, each rank its own part."""
+    with no_autograd():
+        for name, value in state.items():
+            write_(local(named[name]), part_for(named[name], value))

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from .. import _merged, _names
 from .._config import check_tensor, same_option
 from .._formats import EMADtype
-from .._quantized import write_
-from .._shadow import ShadowSet, no_autograd
-from .._sharding import local, part_for, whole_on_first_rank
+from .._shadow import ShadowSet
+from .._sharding import whole_on_first_rank
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay, check_decay, compute_optimal_decay
@@ -25,7 +24,7 @@ except ImportError as error:
         'EMACallback needs transformers and accelerate: pip install "ema_optim[transformers]"'
     ) from error
 
-from ._pretrained import ema_folder, is_there, load_best, save_model, sharded
+from . import _pretrained
 from ._trainer_optimizer import TrainerEMAOptimizer, refuse_engines, take_over
 
 # The attribute of an optimizer that tells whether another callback has begun the same training.
@@ -55,6 +54,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
 
     Raises:
+        RuntimeError: At the start of a training under FSDP2 whose optimizer is no EMAOptimizer: the
+            Trainer loads a sharded checkpoint before any callback is called, and wants
+            ``optimizer_cls_and_kwargs=(EMAOptimizer.for_class(AdamW, decay=...), {...})``.
         ValueError, TypeError: An argument is out of its range. At the start of the training also:
             it is not that of the Trainer's own ``EMAOptimizer``, there are two callbacks, or the
             best checkpoint would hold no EMA weights to load.
@@ -115,7 +117,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             )
         held = {name: named[name].detach().clone() for name in state}
         self._original.setdefault(model, held)
-        _copy(state, named)
+        _pretrained.copy_state(state, named)
         self._set_eval_swaps()
 
     def restore_original(self, model: nn.Module) -> None:
@@ -126,7 +128,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.optimizer is not None and self.optimizer.swapped:
             self.optimizer.train()
-        _copy(self._original.pop(model, {}), _names.named_parameters(model))
+        _pretrained.copy_state(self._original.pop(model, {}), _names.named_parameters(model))
         self._set_eval_swaps()
 
     def get_ema_state(self) -> dict[str, Tensor]:
@@ -217,13 +219,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             return
         model, checkpoint = kwargs["model"], f"checkpoint-{state.global_step}"
         checkpoint = os.path.join(args.output_dir, checkpoint)
-        writes = args.should_save and is_there(checkpoint)
-        if not writes and not sharded(model):
+        writes = args.should_save and _pretrained.is_there(checkpoint)
+        if not writes and not _pretrained.sharded(model):
             return
         self._put_back()  # an evaluation may have failed half-way
-        folder = ema_folder(model, checkpoint)
+        folder = _pretrained.ema_folder(model, checkpoint)
         with self.optimizer.swap_ema_weights():
-            save_model(model, folder, writes)
+            _pretrained.save_model(model, folder, writes)
         if writes and kwargs.get("processing_class") is not None:
             kwargs["processing_class"].save_pretrained(folder)
 
@@ -234,7 +236,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._put_back()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and self.evaluate_with == "ema":
-            load_best(self.optimizer, kwargs["model"], best)
+            _pretrained.load_best(self.optimizer, kwargs["model"], best)
             self._holds_best = True
             self._set_eval_swaps()
 
@@ -291,16 +293,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self.optimizer is None:
             return
         trained = self.optimizer._ema.slots.keys()
-        applied = any(not trained.isdisjoint(_members(model)) for model in self._original)
+        applied = any(
+            not trained.isdisjoint(_pretrained.members(model)) for model in self._original
+        )
         in_model = applied or self._holds_best  # what is to be evaluated is in the model already
         self.optimizer._ema.eval_swaps = self.evaluate_with == "ema" and not in_model
-
-
-def _members(model: nn.Module) -> list[Tensor]:
-    return list(_names.named_parameters(model).values())
-
-
-def _copy(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
-    with no_autograd():
-        for name, value in state.items():
-            write_(local(named[name]), part_for(named[name], value))
