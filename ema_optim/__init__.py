@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ._strip import strip_ema_state_dict
+from ._checkpoint.strip import strip_ema_state_dict
 from .model import EMAModel
 from .optimizer import EMAOptimizer
 from .schedules import (

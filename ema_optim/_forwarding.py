@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ._config import check_options
-from ._sharding import refuse_flat
-from ._slots import Group
+from ._engines.sharding import refuse_flat
+from ._shadow.options import check_options
+from ._shadow.slots import Group
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

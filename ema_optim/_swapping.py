@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import _checkpoint, _report, _swap
+from ._checkpoint import layout
 from ._forwarding import ForwardingOptimizer, call_if_there
-from ._shadow import ShadowSet
+from ._shadow import report, swap
+from ._shadow.shadow_set import ShadowSet
 
 
 class SwappingOptimizer(ForwardingOptimizer):
@@ -37,7 +38,7 @@ class SwappingOptimizer(ForwardingOptimizer):
             yield
             return
         self._resolve_pending()
-        _swap.refuse_swapped(self._ema, "swap_ema_weights()")
+        swap.refuse_swapped(self._ema, "swap_ema_weights()")
         try:
             # The mode first, on both sides: an interrupt may come between any two calls.
             self._ema.mode = "block"
@@ -70,7 +71,7 @@ class SwappingOptimizer(ForwardingOptimizer):
             RuntimeError: Inside ``swap_ema_weights()``: leaving the block puts them back.
         """
         self._resolve_pending()
-        _swap.refuse_swapped(self._ema, "train()", also_after_eval=False)
+        swap.refuse_swapped(self._ema, "train()", also_after_eval=False)
         if self._ema.mode == "eval" or self._ema.swapped:
             self._swap_out()
         call_if_there(self.inner, "train")
@@ -81,28 +82,28 @@ class SwappingOptimizer(ForwardingOptimizer):
         Inside a swap nothing is swapped back then.
         """
         self._resolve_pending()
-        _report.check_export(self._ema, self.param_groups)
-        _swap.apply(self._ema, self.param_groups)
+        report.check_export(self._ema, self.param_groups)
+        swap.apply(self._ema, self.param_groups)
         self._mark_groups()
 
     def _mark_groups(self) -> None:
         for group in self.param_groups:
-            group.update(_checkpoint.marks(self._ema, group))
+            group.update(layout.marks(self._ema, group))
 
     def _resolve_pending(self) -> None:
         if self._ema.mode == "pending":
-            _swap.resolve_pending(self._ema, self.param_groups)
+            swap.resolve_pending(self._ema, self.param_groups)
             self._mark_groups()
 
     def _swap_in(self) -> None:
-        _report.check_share(self._ema, self.param_groups, "swap")
-        doubtful = _swap.swap_in(self._ema, self.param_groups)
+        report.check_share(self._ema, self.param_groups, "swap")
+        doubtful = swap.swap_in(self._ema, self.param_groups)
         self._mark_groups()
         if doubtful:
-            _report.check_finite(self._ema, self.param_groups)
+            report.check_finite(self._ema, self.param_groups)
 
     def _swap_out(self) -> None:
         try:
-            _swap.leave_block(self._ema)
+            swap.leave_block(self._ema)
         finally:
             self._mark_groups()

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import _checkpoint, _merged, _names, _report, _restore, _swap
-from ._buffers import AveragedBuffers, HeldBuffers
-from ._formats import EMADtype
-from ._shadow import ShadowSet
-from ._slots import Group
+from ._arithmetic.formats import EMADtype
+from ._checkpoint import layout, read
+from ._engines import adapters
+from ._shadow import names, report, swap
+from ._shadow.buffers import AveragedBuffers, HeldBuffers
+from ._shadow.shadow_set import ShadowSet
+from ._shadow.slots import Group
 from .schedules import Decay
 
 
@@ -90,7 +92,7 @@ class EMAModel:
         self._refuse_in_block("reset()")
         groups = self._groups()
         slots = {param: self._ema.birth(param) for param in self._ema.members(groups)}
-        _restore.Loaded(slots).install(self._ema)
+        read.Loaded(slots).install(self._ema)
 
     def update(self) -> None:
         """Average once; call it after every optimizer step.
@@ -115,26 +117,26 @@ class EMAModel:
                 that has left them merged (they are unmerged then).
         """
         self._refuse_in_block("use_ema()")
-        _merged.refuse_merged(self.model)
+        adapters.refuse_merged(self.model)
         groups = self._groups()
-        _report.check_share(self._ema, groups, "swap")
+        report.check_share(self._ema, groups, "swap")
         try:
             self._ema.mode = "block"
-            if _swap.swap_in(self._ema, groups):
-                _report.check_finite(self._ema, groups)
+            if swap.swap_in(self._ema, groups):
+                report.check_finite(self._ema, groups)
             held = HeldBuffers(self.model)
             try:
                 yield
             finally:
                 try:
-                    undone = _merged.unmerge(self.model)
+                    undone = adapters.unmerge(self.model)
                 finally:
                     held.put_back()
         finally:
             self._ema.mode = "eval"
-            _swap.leave_block(self._ema)
+            swap.leave_block(self._ema)
         if undone:
-            _merged.raise_unmerged()
+            adapters.raise_unmerged()
 
     def apply_ema(self) -> None:
         """Make the EMA weights the model's weights, one way (the EMA stays as it is).
@@ -142,8 +144,8 @@ class EMAModel:
         Inside ``use_ema()`` nothing is swapped back then.
         """
         groups = self._groups()
-        _report.check_export(self._ema, groups)
-        _swap.apply(self._ema, groups)
+        report.check_export(self._ema, groups)
+        swap.apply(self._ema, groups)
 
     def get_ema_state(self) -> dict[str, Tensor]:
         """The EMA weights by name, without touching the model; right at any time.
@@ -153,12 +155,12 @@ class EMAModel:
             buffer), ready for ``model.load_state_dict(strict=False)`` and for safetensors.
         """
         groups = self._groups()
-        _report.check_export(self._ema, groups)
-        return _names.ema_state(self._ema, groups, self.model)
+        report.check_export(self._ema, groups)
+        return names.ema_state(self._ema, groups, self.model)
 
     def ema_metrics(self) -> dict[str, float]:
         """The health of the EMA; keys and meaning as ``EMAOptimizer.ema_metrics()``."""
-        return _report.metrics(self._ema, self._groups())
+        return report.metrics(self._ema, self._groups())
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs beside the model's own state dict.
@@ -170,7 +172,7 @@ class EMAModel:
         groups = self._groups()
         packed = [{"params": g["param_names"], "ema_params": self._averaged(g)} for g in groups]
         empty = {"state": {}, "param_groups": packed}
-        return _checkpoint.merge(empty, groups, self._ema, may_be_swapped=False)
+        return layout.merge(empty, groups, self._ema, may_be_swapped=False)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict()`` returned, bit for bit; before or after the model's own.
@@ -190,7 +192,7 @@ class EMAModel:
         named = [{**g, "params": list(g["param_names"])} for g in groups]
         pairs = zip(state_dict["param_groups"], named, strict=True)
         saved = {**state_dict, "param_groups": [{**old, **new} for old, new in pairs]}
-        _restore.read(self._ema, groups, saved).install(self._ema)
+        read.read(self._ema, groups, saved).install(self._ema)
 
     def _averaged(self, group: Group) -> list[str]:
         pairs = zip(group["params"], group["param_names"], strict=True)
@@ -198,23 +200,23 @@ class EMAModel:
 
     def _groups(self) -> list[Group]:
         # Walked at every call: a module that was replaced must not leave the EMA behind on it.
-        params = _names.unique(_names.named_parameters(self.model))
+        params = names.unique(names.named_parameters(self.model))
         groups: list[Group] = [{"params": list(params), "param_names": list(params.values())}]
         if self.use_buffers:
-            buffers = _names.unique(self._buffers.find(self.model, self._ema))
-            names = list(buffers.values())
-            groups.append({"params": list(buffers), "param_names": names, "ema_buffers": True})
+            buffers = names.unique(self._buffers.find(self.model, self._ema))
+            own = list(buffers.values())
+            groups.append({"params": list(buffers), "param_names": own, "ema_buffers": True})
         return groups
 
     def _refuse_in_block(self, what: str) -> None:
         if self._ema.mode == "block":
             raise RuntimeError(f"{what} inside use_ema(): leave the block first")
         if self._ema.mode == "eval":  # an interrupt kept use_ema() from putting them back
-            _swap.leave_block(self._ema)
+            swap.leave_block(self._ema)
 
 
 def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:
-    _restore.check_form(state_dict)
+    read.check_form(state_dict)
     if any(group.get("ema_swapped") for group in state_dict["param_groups"]):
         raise ValueError(
             "the checkpoint must not be written while swapped, got ema_swapped=True: load it into "

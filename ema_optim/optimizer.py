@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _carry, _checkpoint, _names, _report, _restore, _swap
-from ._compiled import CompiledStep
-from ._formats import EMADtype
+from ._arithmetic.formats import EMADtype
+from ._checkpoint import carry, layout, read
+from ._checkpoint.state import StateView, replace_state
 from ._forwarding import check_inner, check_new_group, ema_class
-from ._shadow import ShadowSet
-from ._slots import Group
-from ._state import StateView, replace_state
+from ._shadow import names, report, swap
+from ._shadow.compiled import CompiledStep
+from ._shadow.shadow_set import ShadowSet
+from ._shadow.slots import Group
 from ._swapping import SwappingOptimizer
 from ._warnings import warn
 from .schedules import Decay
@@ -81,7 +82,7 @@ class EMAOptimizer(SwappingOptimizer):
     ) -> None:
         check_inner(optimizer)
         shadow = ShadowSet(decay, update_every, update_after_step, dtype, module)
-        if _checkpoint.clear_reserved(optimizer):
+        if layout.clear_reserved(optimizer):
             shadow.warned.add("cold")
         super().__init__(optimizer)
         self._ema = shadow
@@ -97,7 +98,7 @@ class EMAOptimizer(SwappingOptimizer):
         replace_state(self.state, value)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        _swap.check_can_step(self._ema, self.param_groups, closure is not None)
+        swap.check_can_step(self._ema, self.param_groups, closure is not None)
         self._resolve_pending()
         plan = self._ema.begin_step(self.param_groups)
         compiled = None if torch.compiler.is_compiling() else self._ema.compiled
@@ -109,7 +110,7 @@ class EMAOptimizer(SwappingOptimizer):
             self._ema.finish_step(plan)
             self._mark_groups()
         if self._ema.step == 1:  # now the inner optimizer's state shows its keys
-            _checkpoint.clear_reserved(self.inner)
+            layout.clear_reserved(self.inner)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -172,8 +173,8 @@ class EMAOptimizer(SwappingOptimizer):
         Raises:
             ValueError: The model has no parameter of this optimizer.
         """
-        _report.check_export(self._ema, self.param_groups)
-        return _names.ema_state(self._ema, self.param_groups, model)
+        report.check_export(self._ema, self.param_groups)
+        return names.ema_state(self._ema, self.param_groups, model)
 
     def load_ema_state(
         self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
@@ -194,8 +195,8 @@ class EMAOptimizer(SwappingOptimizer):
             RuntimeError: The EMA weights are swapped in.
         """
         self._resolve_pending()
-        _swap.refuse_swapped(self._ema, "load_ema_state()")
-        _names.load_ema_state(self._ema, self.param_groups, model, state, strict)
+        swap.refuse_swapped(self._ema, "load_ema_state()")
+        names.load_ema_state(self._ema, self.param_groups, model, state, strict)
         self._mark_groups()
 
     def ema_metrics(self) -> dict[str, float]:
@@ -209,18 +210,18 @@ class EMAOptimizer(SwappingOptimizer):
             either is). Where the weights are spread over ranks every rank calls it: two numbers are
             summed up.
         """
-        return _report.metrics(self._ema, self.param_groups)
+        return report.metrics(self._ema, self.param_groups)
 
     def _state_dict(self) -> dict[str, Any]:
-        return _checkpoint.merge(self.inner.state_dict(), self.param_groups, self._ema)
+        return layout.merge(self.inner.state_dict(), self.param_groups, self._ema)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state_dict = _carry.uncarry(state_dict)
-        loaded = _restore.read(self._ema, self.param_groups, state_dict)
+        state_dict = carry.uncarry(state_dict)
+        loaded = read.read(self._ema, self.param_groups, state_dict)
         before = self.param_groups
-        self._load_inner(_checkpoint.split(state_dict)[0])
+        self._load_inner(layout.split(state_dict)[0])
         loaded.install(self._ema)
-        _restore.keep_options(self.param_groups, before, self._ema)
+        read.keep_options(self.param_groups, before, self._ema)
         if loaded.cold and "cold" not in self._ema.warned:
             self._ema.warned.add("cold")
             warn("the checkpoint holds no EMA: it begins at the weights of the next step")

@@ -7,7 +7,8 @@ import torch
 from reference import same, through_file
 from torch.optim import SGD, AdamW
 
-from ema_optim import EMAOptimizer, _carry, strip_ema_state_dict
+from ema_optim import EMAOptimizer, strip_ema_state_dict
+from ema_optim._checkpoint import carry
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 INNERS = [lambda groups: AdamW(groups, lr=0.05), lambda groups: SGD(groups, lr=0.05)]
@@ -46,28 +47,28 @@ def test_uncarry_inverts_carry(dtype, inner, swapped):
     if swapped:
         optimizer.eval()
     state_dict = optimizer.state_dict()
-    carried = through_file(_carry.carry(state_dict))
+    carried = through_file(carry.carry(state_dict))
     assert not any("ema" in entry for entry in carried["state"].values())
-    assert same(_carry.uncarry(carried), state_dict)
+    assert same(carry.uncarry(carried), state_dict)
 
 
 @pytest.mark.parametrize("saved", [{}, {"state": {}, "param_groups": {}}, {"model": torch.ones(1)}])
 def test_uncarry_leaves_what_is_no_checkpoint_of_torch_as_it_is(saved):
-    assert same(_carry.uncarry(saved), saved)
+    assert same(carry.uncarry(saved), saved)
 
 
 def test_uncarry_leaves_a_checkpoint_without_entries_as_it_is():
     state_dict = trained()[1].state_dict()
     for saved in (state_dict, strip_ema_state_dict(state_dict)):
-        assert same(_carry.uncarry(saved), saved)
+        assert same(carry.uncarry(saved), saved)
 
 
 def test_carry_and_uncarry_leave_their_argument_alone():
     state_dict = trained()[1].state_dict()
-    carried = _carry.carry(state_dict)
+    carried = carry.carry(state_dict)
     before = copy.deepcopy((state_dict, carried))
-    _carry.carry(state_dict)
-    _carry.uncarry(carried)
+    carry.carry(state_dict)
+    carry.uncarry(carried)
     assert same((state_dict, carried), before)
 
 
@@ -76,7 +77,7 @@ def test_bare_optimizer_trains_on_from_a_carried_checkpoint_bit_for_bit(dtype):
     params, optimizer = trained(dtype)
     again = copy.deepcopy(params)
     plain = bare(again)
-    plain.load_state_dict(through_file(_carry.carry(optimizer.state_dict())))
+    plain.load_state_dict(through_file(carry.carry(optimizer.state_dict())))
     for run in ((params, optimizer), (again, plain)):
         torch.manual_seed(1)
         step(*run)
@@ -91,11 +92,11 @@ def test_ema_adopted_from_the_bare_optimizer_is_the_saved_one_bit_for_bit(dtype,
         optimizer.eval()
     again = copy.deepcopy(params)
     plain = bare(again)
-    plain.load_state_dict(through_file(_carry.carry(optimizer.state_dict())))
-    assert _carry.is_carrying(plain.param_groups)
+    plain.load_state_dict(through_file(carry.carry(optimizer.state_dict())))
+    assert carry.is_carrying(plain.param_groups)
     fresh = EMAOptimizer(plain, decay=0.1)
-    _carry.adopt(fresh._ema, fresh.param_groups)
-    assert not _carry.is_carrying(plain.param_groups)
+    carry.adopt(fresh._ema, fresh.param_groups)
+    assert not carry.is_carrying(plain.param_groups)
     for run in (optimizer, fresh):
         run.train()
     assert same(again, params)
@@ -106,31 +107,31 @@ def test_ema_adopted_from_the_bare_optimizer_is_the_saved_one_bit_for_bit(dtype,
 def test_carried_checkpoint_loads_into_an_ema_optimizer_like_any(dtype):
     params, optimizer = trained(dtype)
     again = EMAOptimizer(bare(params), decay=0.1)
-    again.load_state_dict(through_file(_carry.carry(optimizer.state_dict())))
+    again.load_state_dict(through_file(carry.carry(optimizer.state_dict())))
     assert same(again.state_dict(), optimizer.state_dict())
 
 
 def test_carried_checkpoint_is_stripped_like_any():
     state_dict = trained()[1].state_dict()
-    assert same(strip_ema_state_dict(_carry.carry(state_dict)), strip_ema_state_dict(state_dict))
+    assert same(strip_ema_state_dict(carry.carry(state_dict)), strip_ema_state_dict(state_dict))
 
 
 def test_carried_checkpoint_taken_while_swapped_is_not_stripped():
     _, optimizer = trained()
     optimizer.eval()
     with pytest.raises(ValueError, match="must not be written while swapped"):
-        strip_ema_state_dict(_carry.carry(optimizer.state_dict()))
+        strip_ema_state_dict(carry.carry(optimizer.state_dict()))
 
 
 def test_bare_optimizer_hands_the_entries_on_until_they_are_dropped():
     params, optimizer = trained()
-    carried = _carry.carry(optimizer.state_dict())
+    carried = carry.carry(optimizer.state_dict())
     plain = bare(params)
     plain.load_state_dict(carried)
     handed_on = plain.state_dict()["param_groups"]
     assert same([g["ema_entries"] for g in handed_on], entries(carried))
-    _carry.drop(plain.param_groups)
-    assert not _carry.is_carrying(plain.state_dict()["param_groups"])
+    carry.drop(plain.param_groups)
+    assert not carry.is_carrying(plain.state_dict()["param_groups"])
 
 
 def entries(state_dict):
@@ -140,7 +141,7 @@ def entries(state_dict):
 def test_entries_survive_training_of_the_bare_optimizer_unchanged():
     params, optimizer = trained()
     plain = bare(params)
-    carried = _carry.carry(optimizer.state_dict())
+    carried = carry.carry(optimizer.state_dict())
     before = copy.deepcopy(entries(carried))
     plain.load_state_dict(carried)
     step(params, plain)
@@ -150,7 +151,7 @@ def test_entries_survive_training_of_the_bare_optimizer_unchanged():
 
 def test_damaged_entries_raise_and_name_the_parameter():
     params, optimizer = trained()
-    carried = _carry.carry(optimizer.state_dict())
+    carried = carry.carry(optimizer.state_dict())
     entries(carried)[1]["params"][0]["ema"] = torch.zeros(7)
     with pytest.raises(ValueError, match=r"ema of param_groups\[1\]\['params'\]\[0\] must have"):
         make(seed=9)[1].load_state_dict(carried)
@@ -158,19 +159,19 @@ def test_damaged_entries_raise_and_name_the_parameter():
     plain.load_state_dict(carried)
     fresh = EMAOptimizer(plain, decay=0.1)
     with pytest.raises(ValueError, match=r"ema of param_groups\[1\]\['params'\]\[0\] must have"):
-        _carry.adopt(fresh._ema, fresh.param_groups)
+        carry.adopt(fresh._ema, fresh.param_groups)
 
 
 def test_group_that_the_bare_optimizer_was_given_later_carries_nothing_and_does_no_harm():
     params, optimizer = trained()
     plain = bare(params)
-    plain.load_state_dict(_carry.carry(optimizer.state_dict()))
+    plain.load_state_dict(carry.carry(optimizer.state_dict()))
     late = torch.nn.Parameter(torch.ones(2))
     plain.add_param_group({"params": [late]})
     step([*params[:-1], late, params[-1]], plain)
     saved = plain.state_dict()
     assert same(strip_ema_state_dict(saved)["state"], saved["state"])
     wrapped = EMAOptimizer(plain, decay=0.1)
-    _carry.adopt(wrapped._ema, wrapped.param_groups)
+    carry.adopt(wrapped._ema, wrapped.param_groups)
     for p in params:
         assert same(wrapped.state[p]["ema"], optimizer.state[p]["ema"])

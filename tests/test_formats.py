@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ema_optim._formats import FORMATS, decode_, encode_, update_
-from ema_optim._scratch import CHUNK
-from ema_optim._update import ema_update_
+from ema_optim._arithmetic.average import ema_update_
+from ema_optim._arithmetic.formats import FORMATS, decode_, encode_, update_
+from ema_optim._arithmetic.scratch import CHUNK
 
 MIB = 2**20
 ROUNDED = ["float24", torch.bfloat16]

@@ -31,7 +31,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ema_optim import EMAModel, EMAOptimizer
-from ema_optim._sharding import whole_on_first_rank
+from ema_optim._engines.sharding import whole_on_first_rank
 
 ways = pytest.mark.parametrize("way", WAYS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ema_optim._memory import shared_memory
+from ema_optim._shadow.memory import shared_memory
 
 BASE = torch.arange(24.0)
 GRID = BASE.view(4, 6)

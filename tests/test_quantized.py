@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ema_optim import EMAModel, EMAOptimizer, strip_ema_state_dict
-from ema_optim._store import read_
+from ema_optim._shadow.store import read_
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao warns at import of the kernels it lacks
@@ -212,7 +212,7 @@ def test_error_half_way_into_a_swap_changes_nothing(monkeypatch):
         assert not same(plain(run.model.state_dict()), before)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ema_optim._swap.read_", fail)
+    monkeypatch.setattr("ema_optim._shadow.swap.read_", fail)
     with pytest.raises(KeyboardInterrupt):
         run.optimizer.eval()
     monkeypatch.undo()

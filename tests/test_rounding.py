@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ema_optim._rounding import Noise
+from ema_optim._arithmetic.noise import Noise
 
 MASK = 2**64 - 1
 WIDTHS = [8, 16]

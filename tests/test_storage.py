@@ -8,9 +8,9 @@ from reference import Reference, same, through_file, wide
 from torch import nn
 
 from ema_optim import EMAModel, EMAOptimizer, strip_ema_state_dict
-from ema_optim._config import ema_format
-from ema_optim._formats import decode_, update_
-from ema_optim._store import stored
+from ema_optim._arithmetic.formats import decode_, update_
+from ema_optim._shadow.options import ema_format
+from ema_optim._shadow.store import stored
 
 DECAY = 0.9
 FORMATS = ["float32_compensated", "float24", torch.bfloat16]

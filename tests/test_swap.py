@@ -8,7 +8,8 @@ from reference import same
 from torch.optim import SGD
 from torch.profiler import ProfilerActivity, profile
 
-from ema_optim import EMAOptimizer, _swap
+from ema_optim import EMAOptimizer
+from ema_optim._shadow import swap as swapping
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 MIB = 2**20
@@ -135,7 +136,7 @@ def test_interrupt_anywhere_in_the_exchange_restores(monkeypatch, dtype, after, 
 @pytest.mark.parametrize("after", [False, True])
 def test_interrupt_between_two_calls_never_lets_a_step_run_on_ema_weights(monkeypatch, name, after):
     params, optimizer = trained()
-    weights, real, calls = copies(params), getattr(_swap, name), []
+    weights, real, calls = copies(params), getattr(swapping, name), []
 
     def interrupted(*args):
         calls.append(args)
@@ -144,7 +145,7 @@ def test_interrupt_between_two_calls_never_lets_a_step_run_on_ema_weights(monkey
         if len(calls) == 1:
             raise Interrupt
 
-    monkeypatch.setattr(_swap, name, interrupted)
+    monkeypatch.setattr(swapping, name, interrupted)
     with pytest.raises(Interrupt), optimizer.swap_ema_weights():
         pass
     monkeypatch.undo()

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ema_optim._scratch import CHUNK
-from ema_optim._update import (
+from ema_optim._arithmetic.average import (
     Casts,
     Exchange,
     copy_,
@@ -17,6 +16,7 @@ from ema_optim._update import (
     relative_distance,
     squared_norms,
 )
+from ema_optim._arithmetic.scratch import CHUNK
 
 SIZES = [0, *range(1, 70), 1023, 1024, 4097, 65537, 3 * CHUNK + 5]
 SAME = [torch.float32, torch.float64, torch.complex64, torch.complex128]

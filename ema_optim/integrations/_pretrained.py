@@ -14,11 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from .. import _carry, _names, _restore
-from .._quantized import write_
-from .._shadow import no_autograd
-from .._sharding import is_sharded, local, part_for
-from .._store import read_
+from .._checkpoint import carry, read
+from .._engines.quantized import write_
+from .._engines.sharding import is_sharded, local, part_for
+from .._shadow import names
+from .._shadow.shadow_set import no_autograd
+from .._shadow.store import read_
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 
@@ -65,7 +66,7 @@ def save_model(model: Any, folder: str, writes: bool = True) -> None:
 
 def sharded(model: Any) -> bool:
     """Whether the weights of a model are spread over ranks."""
-    return any(map(is_sharded, _names.named_parameters(model).values()))
+    return any(map(is_sharded, names.named_parameters(model).values()))
 
 
 def _whole_state(model: Any) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
         _load_saved(model, ema_folder(model, checkpoint))
         return
     saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    loaded = _restore.read(optimizer._ema, optimizer.param_groups, _carry.uncarry(saved))
+    loaded = read.read(optimizer._ema, optimizer.param_groups, carry.uncarry(saved))
     with no_autograd():
         read_(loaded.slots, list(loaded.slots.values()))
 
@@ -117,7 +118,7 @@ def _load_file(model: Any, file: str) -> None:
 
 def members(model: nn.Module) -> list[Tensor]:
     """The parameters of a model, sharded ones as they are sharded."""
-    return list(_names.named_parameters(model).values())
+    return list(names.named_parameters(model).values())
 
 
 def copy_state(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:

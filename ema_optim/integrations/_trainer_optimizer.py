@@ -4,8 +4,8 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 
-from .. import _carry, _restore
-from .._sharding import is_sharded
+from .._checkpoint import carry, read
+from .._engines.sharding import is_sharded
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 
@@ -23,7 +23,7 @@ class TrainerEMAOptimizer(EMAOptimizer):
         state_dict = super()._state_dict()
         step = 0 if self.trainer_state is None else self.trainer_state.global_step
         groups = [{**group, "ema_global_step": step} for group in state_dict["param_groups"]]
-        return _carry.carry({**state_dict, "param_groups": groups})
+        return carry.carry({**state_dict, "param_groups": groups})
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy."""
@@ -36,11 +36,11 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     It is not after a run without the callback, whose checkpoints carry an old EMA along.
     """
     shadow, groups = optimizer._ema, optimizer.param_groups
-    if _carry.is_carrying(groups) and _carry.carried_step(groups) == global_step:
-        _carry.adopt(shadow, groups)
+    if carry.is_carrying(groups) and carry.carried_step(groups) == global_step:
+        carry.adopt(shadow, groups)
     elif shadow.trainer_step not in (None, global_step):
-        _restore.Loaded({}).install(shadow)
-    _carry.drop(groups)
+        read.Loaded({}).install(shadow)
+    carry.drop(groups)
     shadow.trainer_step = None  # seen to; a later training begins at another step
     if global_step and not shadow.slots and "cold" not in shadow.warned:
         shadow.warned.add("cold")

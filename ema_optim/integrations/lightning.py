@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._config import same_option
-from .._formats import EMADtype
-from .._shadow import ShadowSet
+from .._arithmetic.formats import EMADtype
+from .._shadow.options import same_option
+from .._shadow.shadow_set import ShadowSet
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay, compute_optimal_decay

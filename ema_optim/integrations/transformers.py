@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import _merged, _names
-from .._config import check_tensor, same_option
-from .._formats import EMADtype
-from .._shadow import ShadowSet
-from .._sharding import whole_on_first_rank
+from .._arithmetic.formats import EMADtype
+from .._engines import adapters
+from .._engines.sharding import whole_on_first_rank
+from .._shadow import names
+from .._shadow.options import check_tensor, same_option
+from .._shadow.shadow_set import ShadowSet
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay, check_decay, compute_optimal_decay
@@ -102,7 +103,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self.optimizer is not None:
             self.optimizer.train()  # an evaluation may have failed half-way
         state = self._ema_by_name()
-        named = _names.named_parameters(model)
+        named = names.named_parameters(model)
         if missing := sorted(set(state) - set(named)):
             raise KeyError(
                 f"the model must have every parameter of the EMA, it lacks {missing}: pass the "
@@ -128,7 +129,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.optimizer is not None and self.optimizer.swapped:
             self.optimizer.train()
-        _pretrained.copy_state(self._original.pop(model, {}), _names.named_parameters(model))
+        _pretrained.copy_state(self._original.pop(model, {}), names.named_parameters(model))
         self._set_eval_swaps()
 
     def get_ema_state(self) -> dict[str, Tensor]:
@@ -194,10 +195,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.optimizer is None:
             return
-        undone = self.optimizer.swapped and self.model is not None and _merged.unmerge(self.model)
+        undone = self.optimizer.swapped and self.model is not None and adapters.unmerge(self.model)
         self._put_back()
         if undone:
-            _merged.raise_unmerged()
+            adapters.raise_unmerged()
 
     on_predict = on_evaluate
 

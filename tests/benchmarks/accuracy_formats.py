@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ema_optim import __version__, compute_optimal_decay
-from ema_optim._formats import FORMATS, Format, decode_, encode_, update_
+from ema_optim._arithmetic.formats import FORMATS, Format, decode_, encode_, update_
 
 PLAIN = {"float32": Format(torch.float32)}
 ALL = {**PLAIN, **{str(name).removeprefix("torch."): form for name, form in FORMATS.items()}}

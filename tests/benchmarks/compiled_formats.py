@@ -13,7 +13,7 @@ import torch
 from accuracy_formats import print_table
 from tqdm import tqdm
 
-from ema_optim._formats import FORMATS, decode_, encode_, update_
+from ema_optim._arithmetic.formats import FORMATS, decode_, encode_, update_
 
 SIZE, ROUNDS, WEIGHT = 4 << 20, 15, 1e-3
 NEAR = {"float32_compensated": 1e-6, "float24": 1e-4, torch.bfloat16: 2e-2}

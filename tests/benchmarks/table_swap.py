@@ -7,7 +7,8 @@ from averages import BASE, OURS, Average
 from harness import DECAY, fp32_bytes, primed
 from timing import Row, race, ratios
 
-from ema_optim import EMAOptimizer, _swap
+from ema_optim import EMAOptimizer
+from ema_optim._shadow import swap
 
 # So small that the EMA has forgotten its initial weights after one update: no warning of it.
 FORGETFUL = 0.05
@@ -30,8 +31,8 @@ def exchange_alone(model, decay):
     return Average(
         lambda: shadow.finish_step(shadow.begin_step(groups)),
         lambda: averages.emas_of(optimizer, model),
-        lambda: _swap.swap_in(shadow, groups),
-        lambda: _swap.swap_out(shadow),
+        lambda: swap.swap_in(shadow, groups),
+        lambda: swap.swap_out(shadow),
     )
 
 

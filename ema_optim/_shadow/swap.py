@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._quantized import dense, is_quantized, write_
-from ._shadow import ShadowSet, no_autograd
-from ._sharding import holds_on_all_ranks, local, locals_of, reshard
-from ._slots import Group, Slot
-from ._store import read_
-from ._update import Exchange, copy_, non_finite
-from .schedules import decay_factor
+from .._arithmetic.average import Exchange, copy_, non_finite
+from .._engines.quantized import dense, is_quantized, write_
+from .._engines.sharding import holds_on_all_ranks, local, locals_of, reshard
+from ..schedules import decay_factor
+from .shadow_set import ShadowSet, no_autograd
+from .slots import Group, Slot
+from .store import read_
 
 Slots = dict[Tensor, Slot]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._scratch import CHUNK, batches_of, carve, columns, fill, pieces_of, place, scratch_for
+from .scratch import CHUNK, batches_of, carve, columns, fill, pieces_of, place, scratch_for
 
 Items = dict[int, Tensor]
 

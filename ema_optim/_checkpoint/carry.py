@@ -11,21 +11,21 @@ but an EMA. Tensors inside ``param_groups`` are spared both:
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import _checkpoint, _restore
-from ._shadow import ShadowSet
-from ._slots import Group
+from .._shadow.shadow_set import ShadowSet
+from .._shadow.slots import Group
+from . import layout, read
 
 _ENTRIES = "ema_entries"
 
 
-def carry(state_dict: _checkpoint.StateDict) -> _checkpoint.StateDict:
+def carry(state_dict: layout.StateDict) -> layout.StateDict:
     """A checkpoint with the EMA's entries moved from the state into the param groups."""
-    inner, own = _checkpoint.split(state_dict)
+    inner, own = layout.split(state_dict)
     groups = [
         {
             **group,
             _ENTRIES: {
-                "marks": {k: group[k] for k in _checkpoint.GROUP_MARKS if k in group},
+                "marks": {k: group[k] for k in layout.GROUP_MARKS if k in group},
                 "params": [own.get(key, {}) for key in group["params"]],
             },
         }
@@ -34,7 +34,7 @@ def carry(state_dict: _checkpoint.StateDict) -> _checkpoint.StateDict:
     return {**state_dict, "state": inner["state"], "param_groups": groups}
 
 
-def uncarry(state_dict: Mapping[str, Any]) -> _checkpoint.StateDict:
+def uncarry(state_dict: Mapping[str, Any]) -> layout.StateDict:
     """The inverse of ``carry``; any other checkpoint stays as it is."""
     if not isinstance(state_dict.get("param_groups"), list):
         return dict(state_dict)
@@ -68,7 +68,7 @@ def adopt(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     numbers = iter(range(sum(len(group["params"]) for group in groups)))
     packed = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
     state_dict = uncarry({"state": {}, "param_groups": packed})
-    _restore.read(shadow, groups, state_dict).install(shadow)
+    read.read(shadow, groups, state_dict).install(shadow)
     drop(groups)
 
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._buckets import own_dtypes
-from ._config import check_tensor, whole_format
-from ._formats import EMADtype
-from ._shadow import ShadowSet, no_autograd
-from ._sharding import local, reshard_model
-from ._slots import Group, Slot
-from ._store import stored
+from .._arithmetic.formats import EMADtype
+from .._engines.sharding import local, reshard_model
+from .buckets import own_dtypes
+from .options import check_tensor, whole_format
+from .shadow_set import ShadowSet, no_autograd
+from .slots import Group, Slot
+from .store import stored
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:

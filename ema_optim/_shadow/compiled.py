@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from ._buckets import Bucket
-from ._shadow import no_autograd
-from ._sharding import is_sharded
-from ._slots import Group
-from ._warnings import warn
+from .._engines.sharding import is_sharded
+from .._warnings import warn
+from .buckets import Bucket
+from .shadow_set import no_autograd
+from .slots import Group
 
 Plan = list[tuple[Bucket, float]]
 Closure = Callable[[], Any] | None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._formats import Format
+from .._arithmetic.formats import Format
 
 Group = dict[str, Any]
 

@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ._formats import FORMATS, EMADtype, Format
-from ._sharding import check_layout
-from ._slots import Group
-from .schedules import check_decay
+from .._arithmetic.formats import FORMATS, EMADtype, Format
+from .._engines.sharding import check_layout
+from ..schedules import check_decay
+from .slots import Group
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._buckets import Bucket, Cache, follows, group_options, is_dry, make_buckets, own_dtypes
-from ._config import check_count, check_dtype, check_module, check_options, ema_format
-from ._formats import FORMATS, EMADtype
-from ._memory import shared_memory
-from ._quantized import dense, is_quantized
-from ._sharding import refuse_flat
-from ._slots import Group, Slot, place_of
-from ._store import Parts, restored, stored, value_of
-from ._warnings import warn
-from .schedules import Decay, check_decay, decay_factor, initial_share
+from .._arithmetic.formats import FORMATS, EMADtype
+from .._engines.quantized import dense, is_quantized
+from .._engines.sharding import refuse_flat
+from .._warnings import warn
+from ..schedules import Decay, check_decay, decay_factor, initial_share
+from .buckets import Bucket, Cache, follows, group_options, is_dry, make_buckets, own_dtypes
+from .memory import shared_memory
+from .options import check_count, check_dtype, check_module, check_options, ema_format
+from .slots import Group, Slot, place_of
+from .store import Parts, restored, stored, value_of
 
 
 @contextmanager

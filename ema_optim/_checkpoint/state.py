@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._checkpoint import STATE_KEYS, slot_entries
-from ._config import check_low, check_tensor
-from ._quantized import copy_like, dense_like
-from ._shadow import ShadowSet, no_autograd
-from ._sharding import local, part_for
-from ._store import restored
+from .._engines.quantized import copy_like, dense_like
+from .._engines.sharding import local, part_for
+from .._shadow.options import check_low, check_tensor
+from .._shadow.shadow_set import ShadowSet, no_autograd
+from .._shadow.store import restored
+from .layout import STATE_KEYS, slot_entries
 
 
 class ParamState(MutableMapping[str, Any]):

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ._formats import Format, decode_, encode_
-from ._quantized import check_quantized, dense, dense_like, is_quantized, write_
-from ._sharding import local, locals_of, part_for
-from ._slots import Slot, place_of
+from .._arithmetic.formats import Format, decode_, encode_
+from .._engines.quantized import check_quantized, dense, dense_like, is_quantized, write_
+from .._engines.sharding import local, locals_of, part_for
+from .slots import Slot, place_of
 
 Parts = tuple[Tensor, Tensor | None]
 

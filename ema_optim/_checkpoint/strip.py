@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ._carry import uncarry
-from ._checkpoint import GROUP_MARKS, GROUP_OPTIONS, STATE_KEYS, split
+from .carry import uncarry
+from .layout import GROUP_MARKS, GROUP_OPTIONS, STATE_KEYS, split
 
 _FLAT = ("state.", "param_groups.")
 

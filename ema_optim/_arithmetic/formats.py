@@ -25,9 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._rounding import Noise
-from ._scratch import CHUNK, batches_of, columns
-from ._update import copy_, ema_update_
+from .average import copy_, ema_update_
+from .noise import Noise
+from .scratch import CHUNK, batches_of, columns
 
 EMADtype = torch.dtype | Literal["float32_compensated", "float24"] | None
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._quantized import apart, dense
-from ._shadow import ShadowSet, no_autograd
-from ._sharding import by_spread, local, locals_of, sum_over_ranks
-from ._slots import Group, Slot
-from ._update import non_finite, relative_distance, squared_norms
-from ._warnings import warn
+from .._arithmetic.average import non_finite, relative_distance, squared_norms
+from .._engines.quantized import apart, dense
+from .._engines.sharding import by_spread, local, locals_of, sum_over_ranks
+from .._warnings import warn
+from .shadow_set import ShadowSet, no_autograd
+from .slots import Group, Slot
 
 # With this much of the initial weights left in it, an EMA is worse than the training weights more
 # often than not: decay 0.9999 after 1,000 steps leaves 90 %.

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._config import format_name
-from ._shadow import ShadowSet
-from ._slots import Group
-from ._warnings import warn
+from .._shadow.options import format_name
+from .._shadow.shadow_set import ShadowSet
+from .._shadow.slots import Group
+from .._warnings import warn
 
 StateDict = dict[str, Any]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._formats import EMADtype, encode_, update_
-from ._quantized import dense, is_quantized
-from ._sharding import first_element, is_sharded, local, local_parts
-from ._slots import Group, Slot, place_of
-from ._update import Casts, ema_update_
-from .schedules import Decay
+from .._arithmetic.average import Casts, ema_update_
+from .._arithmetic.formats import EMADtype, encode_, update_
+from .._engines.quantized import dense, is_quantized
+from .._engines.sharding import first_element, is_sharded, local, local_parts
+from ..schedules import Decay
+from .slots import Group, Slot, place_of
 
 _trainable, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checkpoint import GROUP_OPTIONS, StateDict, marks, packed_pairs, split
-from ._config import check_low, check_options, check_tensor, format_name
-from ._formats import FORMATS, Format
-from ._quantized import copy_like
-from ._shadow import ShadowSet, no_autograd
-from ._slots import Group, Slot
+from .._arithmetic.formats import FORMATS, Format
+from .._engines.quantized import copy_like
+from .._shadow.options import check_low, check_options, check_tensor, format_name
+from .._shadow.shadow_set import ShadowSet, no_autograd
+from .._shadow.slots import Group, Slot
+from .layout import GROUP_OPTIONS, StateDict, marks, packed_pairs, split
 
 
 @dataclass(eq=False)

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from ._names import named_buffers
-from ._shadow import ShadowSet, no_autograd
+from .names import named_buffers
+from .shadow_set import ShadowSet, no_autograd
 
 
 class HeldBuffers:

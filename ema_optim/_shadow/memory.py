@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._quantized import is_quantized
-from ._sharding import local
+from .._engines.quantized import is_quantized
+from .._engines.sharding import local
 
 
 def shared_memory(tensors: Iterable[Tensor]) -> set[Tensor]:
