@@ -67,8 +67,6 @@ class EMAModel:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model)}")
-        if not any(param.requires_grad for param in model.parameters()):
-            raise ValueError("model must have a parameter that requires a gradient, got none")
         self.model = model
         self.use_buffers = use_buffers
         self._ema = ShadowSet(decay, update_every, update_after_step, dtype, reseeds=False)
@@ -90,6 +88,7 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("reset()")
+        self._ema.clear()
         groups = self._groups()
         slots = {param: self._ema.birth(param) for param in self._ema.members(groups)}
         read.Loaded(slots).install(self._ema)
@@ -101,10 +100,7 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("update()")
-        plan = self._ema.begin_step(self._groups())
-        self._ema.finish_step(plan)
-        if self._ema.step == self._ema.update_after_step:  # here averaging begins
-            self._ema.seed(self._groups())
+        self._ema.finish_step(self._ema.begin_step(self._groups()))
 
     @contextmanager
     def use_ema(self) -> Iterator[None]:
@@ -196,7 +192,7 @@ class EMAModel:
 
     def _averaged(self, group: Group) -> list[str]:
         pairs = zip(group["params"], group["param_names"], strict=True)
-        return [name for tensor, name in pairs if tensor in self._ema.slots]
+        return [name for tensor, name in pairs if self._ema.find(tensor) is not None]
 
     def _groups(self) -> list[Group]:
         # Walked at every call: a module that was replaced must not leave the EMA behind on it.

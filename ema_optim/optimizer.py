@@ -19,6 +19,7 @@ from ._checkpoint import carry, layout, read
 from ._checkpoint.state import StateView, replace_state
 from ._forwarding import check_inner, check_new_group, ema_class
 from ._shadow import names, report, swap
+from ._shadow.buckets import Lane
 from ._shadow.compiled import CompiledStep
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
@@ -86,32 +87,39 @@ class EMAOptimizer(SwappingOptimizer):
             shadow.warned.add("cold")
         super().__init__(optimizer)
         self._ema = shadow
+        shadow.source = optimizer
+        self._view = StateView(optimizer, shadow)
         self._mark_groups()
 
     @property
     def state(self) -> Any:
         """The inner optimizer's state and the EMA, as one live and writable mapping."""
-        return StateView(self.inner, self._ema)
+        return self._view
 
     @state.setter
     def state(self, value: Mapping[Any, Any]) -> None:
-        replace_state(self.state, value)
+        replace_state(self._view, value)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         swap.check_can_step(self._ema, self.param_groups, closure is not None)
         self._resolve_pending()
-        plan = self._ema.begin_step(self.param_groups)
+        lane = self._ema.begin_step(self.param_groups)
         compiled = None if torch.compiler.is_compiling() else self._ema.compiled
         if compiled is not None:
-            result, plan = compiled.step(self.inner, plan, closure)
+            result, plan = compiled.step(self.inner, lane and lane.plan, closure)
+            if lane is not None:
+                lane.plan = plan
         else:  # Not step(None): the inner may tell a missing closure from None.
             result = self.inner.step() if closure is None else self.inner.step(closure)
+        self._ema.check_keys(layout.STATE_KEYS)
         if not self._was_skipped():
-            self._ema.finish_step(plan)
-            self._mark_groups()
-        if self._ema.step == 1:  # now the inner optimizer's state shows its keys
-            layout.clear_reserved(self.inner)
+            self._ema.finish_step(lane)
+            self._mark_clocks(lane)
         return result
+
+    def _mark_clocks(self, lane: Lane | None) -> None:
+        for group, clock in zip(self.param_groups, lane.clocks if lane else (), strict=False):
+            group["ema_step"] = self._ema.step if clock is None else clock.steps
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
@@ -154,6 +162,24 @@ class EMAOptimizer(SwappingOptimizer):
         """
         self._ema.compiled = CompiledStep(torch_compile_kwargs)
         self._ema.compiled.check(self.inner)
+
+    def reset(self) -> None:
+        """Have the average and its warm-up begin anew, as newly built.
+
+        The counters are 0 again (``update_after_step`` counts again), and the EMA begins at the
+        weights of the next step. The inner optimizer keeps its state. For the opposite, an inner
+        optimizer that forgets its moments beside an EMA that goes on, clear
+        ``optimizer.inner.state``.
+
+        Raises:
+            RuntimeError: The EMA weights are swapped in.
+        """
+        self._resolve_pending()
+        swap.refuse_swapped(self._ema, "reset()")
+        self._ema.clear()
+        for group in self.param_groups:
+            group["ema_step"] = 0
+        self._mark_groups()
 
     def get_ema_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The EMA weights by parameter name, without touching the live weights.
@@ -251,6 +277,11 @@ class EMAOptimizer(SwappingOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Hooks and patches of ``step`` stay behind, as with torch."""
         return {**super().__getstate__(), "_ema": self._ema}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what ``__getstate__`` gave."""
+        super().__setstate__(state)
+        self._view = StateView(self.inner, self._ema)
 
     def _was_skipped(self) -> bool:
         return bool(getattr(self.inner, "found_inf", None))

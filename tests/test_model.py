@@ -552,18 +552,15 @@ def test_a_frozen_param_has_no_average_until_it_is_unfrozen():
     assert torch.equal(averages(ema)["first.weight"], new)
 
 
-def test_a_param_frozen_later_keeps_its_average_and_its_place_in_the_schedule():
-    model, ema = trained(decay=lambda update: 1 / (1 + update))
-    kept = averages(ema)["first.weight"]
+def test_a_param_frozen_later_is_averaged_on():
+    model, ema = trained()
     model.first.requires_grad_(False)
-    move(model, 3, ema)
-    assert torch.equal(averages(ema)["first.weight"], kept)
-    with ema.use_ema():
-        assert torch.equal(model.first.weight, kept)
-    model.first.requires_grad_(True)
-    move(model, 1, ema)
-    new = torch.lerp(kept, model.first.weight.detach(), 1 - 1 / 6)
-    torch.testing.assert_close(averages(ema)["first.weight"], new, rtol=1e-6, atol=1e-7)
+    kept, weight = averages(ema)["first.weight"], model.first.weight.detach()
+    ema.update()
+    assert torch.equal(averages(ema)["first.weight"], torch.lerp(kept, weight, 0.9))
+    for _ in range(20):
+        ema.update()
+    torch.testing.assert_close(averages(ema)["first.weight"], weight)
 
 
 def test_tied_weights_are_averaged_once_and_stay_tied():
@@ -644,8 +641,6 @@ def test_complex_and_0_dim_params_are_averaged():
     [
         ({"model": None}, TypeError, "model must be a torch.nn.Module"),
         ({"model": [torch.nn.Linear(1, 1)]}, TypeError, "model must be a torch.nn.Module"),
-        ({"model": nn.ReLU()}, ValueError, "requires a gradient"),
-        ({"model": nn.Linear(1, 1).requires_grad_(False)}, ValueError, "requires a gradient"),
         ({"decay": 1.1}, ValueError, r"decay must be in \[0, 1\], got 1.1"),
         ({"decay": -1e-9}, ValueError, r"decay must be in \[0, 1\]"),
         ({"decay": math.nan}, ValueError, r"decay must be in \[0, 1\], got nan"),

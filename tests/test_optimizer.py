@@ -112,8 +112,9 @@ def test_ema_equals_reference_for_strides_starts_and_schedules(decay, every, aft
     for _ in range(15):
         train(optimizer)
         reference.update()
-        for p, expected in zip(params, reference.emas, strict=True):
-            torch.testing.assert_close(ema_of(optimizer, p), expected, rtol=1e-12, atol=1e-12)
+        for i, expected in enumerate(reference.emas):
+            ema = optimizer.state_dict()["state"][i]["ema"]
+            torch.testing.assert_close(ema, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_stride_of_k_applies_decay_to_the_power_k():
@@ -218,21 +219,6 @@ def test_frozen_parameter_has_no_ema_until_it_is_unfrozen():
     torch.testing.assert_close(ema_of(optimizer, frozen).double(), reference.emas[0])
     assert optimizer.state[frozen]["ema_step"] == 1
     assert optimizer.state[p]["ema_step"] == 6
-
-
-def test_parameter_frozen_later_keeps_its_ema_and_its_counter():
-    p, other = param(3), param(3)
-    optimizer = EMAOptimizer(SGD([p, other], lr=0.1), 0.9)
-    train(optimizer, 3)
-    p.requires_grad_(False)
-    p.grad = None
-    held = ema_of(optimizer, p).clone()
-    train(optimizer, 3)
-    assert torch.equal(ema_of(optimizer, p), held)
-    assert optimizer.state[p]["ema_step"] == 3
-    p.requires_grad_()
-    train(optimizer)
-    assert optimizer.state[p]["ema_step"] == 4
 
 
 def test_late_parameter_has_a_schedule_of_its_own():

@@ -35,7 +35,7 @@ def marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
     """The entries that every param group carries."""
     dtype = group.get("ema_dtype")
     return {
-        "ema_step": shadow.step,
+        "ema_step": shadow.clock_of(group),
         "ema_swapped": bool(shadow.swapped),
         "ema_format": format_name(shadow.dtype if dtype is None else dtype),
     }
@@ -43,9 +43,10 @@ def marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
 
 def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
     """The live entries of one parameter, by state key."""
-    slot = shadow.slots[param]
+    slot = shadow.find(param)
+    if slot is None:
+        return {}
     step = torch.tensor(shadow.ema_step(slot), dtype=torch.int64, device="cpu")
-    shadow.renew_placeholder(param)
     entries = {"ema": slot.ema, "ema_step": step}
     if slot.low is not None:
         entries["ema_low"] = slot.low
@@ -63,24 +64,26 @@ def merge(
     for the training weights.
     """
     shadow.look_at_memory()
-    pairs = {param: key for _, param, key in packed_pairs(groups, packed["param_groups"])}
-    if not shadow.swapped.keys() <= pairs.keys():
+    shadow.renew_placeholders()
+    keys = {param: key for _, param, key in packed_pairs(groups, packed["param_groups"])}
+    if not shadow.swapped.keys() <= keys.keys():
         raise RuntimeError(
             "state_dict() after parameters have left the param groups while swapped: their "
             "training weights would be in no file. Call optimizer.train() first"
         )
     state = dict(packed["state"])
-    for param, key in pairs.items():
-        if param in shadow.slots:
-            entries = slot_entries(shadow, param)
+    for param, key in keys.items():
+        if entries := slot_entries(shadow, param):
             if not may_be_swapped:
                 entries.pop("ema_weights", None)
             elif "ema_weights" in entries and param not in shadow.swapped:
                 # A copy: a distributed load writes into the tensors of a state dict, and these
                 # must not be the model's own.
                 entries["ema_weights"] = entries["ema_weights"].clone()
+            _refuse_taken(state.get(key, {}), "the inner optimizer")
             state[key] = {**state.get(key, {}), **entries}
-    marked = [{**group, **marks(shadow, group)} for group in packed["param_groups"]]
+    pairs = zip(groups, packed["param_groups"], strict=True)
+    marked = [{**saved, **marks(shadow, group)} for group, saved in pairs]
     return {**packed, "state": state, "param_groups": marked}
 
 
@@ -116,12 +119,9 @@ def clear_reserved(inner: Optimizer) -> bool:
     """
     stale = 0
     for entry in inner.state.values():
-        taken = [key for key in STATE_KEYS if key in entry] if isinstance(entry, dict) else []
-        if taken and not {"ema", "ema_step"} <= set(taken):
-            raise TypeError(
-                f"optimizer must not use the state keys {STATE_KEYS}, got {taken} in the state of "
-                f"{type(inner).__name__}: use EMAModel beside it"
-            )
+        taken = _taken(entry)
+        if not {"ema", "ema_step"} <= set(taken):
+            _refuse_taken(entry, type(inner).__name__)
         stale += len([entry.pop(key) for key in taken])
     if stale:
         warn(
@@ -129,6 +129,24 @@ def clear_reserved(inner: Optimizer) -> bool:
             "weights' dtype: the EMA begins anew. Wrap first, then load the checkpoint"
         )
     return bool(stale)
+
+
+def refuse_reserved(inner: Optimizer) -> None:
+    """Raise TypeError for an inner optimizer that keeps something of its own under our keys."""
+    for entry in inner.state.values():
+        _refuse_taken(entry, type(inner).__name__)
+
+
+def _refuse_taken(entry: object, name: str) -> None:
+    if taken := _taken(entry):
+        raise TypeError(
+            f"optimizer must not use the state keys {STATE_KEYS}, got {taken} in the state of "
+            f"{name}: use EMAModel beside it"
+        )
+
+
+def _taken(entry: object) -> list[str]:
+    return [key for key in STATE_KEYS if key in entry] if isinstance(entry, dict) else []
 
 
 def packed_pairs(

@@ -37,7 +37,7 @@ class Loaded:
 
     def install(self, shadow: ShadowSet) -> None:
         """Replace the shadow set's EMA; what was swapped in before is forgotten."""
-        shadow.forget_cache()
+        shadow.clear()
         shadow.slots, shadow.step = self.slots, self.step
         shadow.swapped = dict(self.slots) if self.swapped else {}
         shadow.trainer_step = self.trainer_step
@@ -68,7 +68,10 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
         cold = bool(missing or entries)
         return Loaded({}, 0 if cold else _clock(state_dict, entries), cold=cold)
     step = _clock(state_dict, entries)
-    slots = {entry.param: entry.slot(shadow, step, swapped) for entry in entries}
+    slots = {
+        entry.param: entry.slot(shadow, step if entry.clock is None else entry.clock, swapped)
+        for entry in entries
+    }
     noted = [g["ema_global_step"] for g in state_dict["param_groups"] if "ema_global_step" in g]
     return Loaded(slots, step, swapped, trainer_step=max(noted, default=None))
 
@@ -108,18 +111,21 @@ class _Entry:
             check_low(f"ema_low of {label}", saved["ema_low"], param)
         _check_format(saved, options.get("ema_format"), label)
         self.count = _count(saved["ema_step"], label)
+        clock = options.get("ema_step")  # of its group; old checkpoints of EMAModel have none
+        self.clock = None if clock is None else _count(clock, "a param group")
         self.param, self.saved, self.label = param, saved, label
         self.decay, self.dtype = options.get("ema_decay"), options.get("ema_dtype")
 
     def slot(self, shadow: ShadowSet, step: int, swapped: bool) -> Slot:
         if self.count > step:
             raise ValueError(
-                f"ema_step of {self.label} must be at most the optimizer's {step}, got "
+                f"ema_step of {self.label} must be at most its param group's {step}, got "
                 f"{self.count}: the checkpoint is damaged"
             )
         updates, share = shadow.counter_at(self.count, step, self.decay)
         parts = self.saved["ema"], self.saved.get("ema_low")
-        slot = shadow.slot_of(self.param, parts, self.dtype, updates=updates, share=share)
+        slot = shadow.slot_of(self.param, parts, self.dtype)
+        slot.set_counts(step, updates, share)
         if swapped:
             with no_autograd():
                 slot.parked = self._parked(shadow, slot)

@@ -6,6 +6,7 @@ empty dicts in. Flattened distributed checkpoints read the keys of a parameter's
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -15,19 +16,27 @@ from .._engines.quantized import copy_like, dense_like
 from .._engines.sharding import local, part_for
 from .._shadow.options import check_low, check_tensor
 from .._shadow.shadow_set import ShadowSet, no_autograd
+from .._shadow.slots import Slot
 from .._shadow.store import restored
 from .layout import STATE_KEYS, slot_entries
 
 
 class ParamState(MutableMapping[str, Any]):
-    """The state of one parameter: the inner optimizer's entries, then the EMA's."""
+    """The state of one parameter: the inner optimizer's entries, then the EMA's.
+
+    What was deleted from the optimizer's state keeps what it showed: code that replaces parameters
+    takes the old entry, deletes it, and assigns it to the new parameter.
+    """
 
     def __init__(self, inner: MutableMapping[Any, Any], shadow: ShadowSet, param: Tensor) -> None:
         self._inner, self._shadow, self._param = inner, shadow, param
+        self._kept: dict[str, Any] | None = None
 
-    def _own(self) -> dict[str, Tensor]:
-        if self._param not in self._shadow.slots:
-            return {}
+    def keep(self) -> None:
+        """Show from now on what is shown now, whatever happens to the optimizer."""
+        self._kept = dict(self)
+
+    def _ours(self) -> dict[str, Any]:
         return slot_entries(self._shadow, self._param)
 
     def _rest(self) -> Mapping[str, Any]:
@@ -36,27 +45,33 @@ class ParamState(MutableMapping[str, Any]):
         return rest
 
     def __getitem__(self, key: str) -> Any:
-        return (self._own() if key in STATE_KEYS else self._rest())[key]
+        if self._kept is not None:
+            return self._kept[key]
+        return (self._ours() if key in STATE_KEYS else self._rest())[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key in STATE_KEYS:
-            _write(self._shadow, self._param, key, value)
+        if self._kept is not None:
+            self._kept[key] = value
+        elif key in STATE_KEYS:
+            _write(self._shadow, self._param, {key: value})
         else:
             self._inner[self._param][key] = value
 
     def __delitem__(self, key: str) -> None:
         if key not in self:
             raise KeyError(key)
-        if key in STATE_KEYS:
-            _drop(self._shadow, self._param)
+        if self._kept is not None:
+            del self._kept[key]
+        elif key in STATE_KEYS:
+            self._shadow.remove(self._param)
         else:
             del self._inner[self._param][key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._rest(), *self._own()])
+        return iter([*self._rest(), *self._ours()] if self._kept is None else [*self._kept])
 
     def __len__(self) -> int:
-        return len(self._rest()) + len(self._own())
+        return len(list(iter(self)))
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -67,32 +82,43 @@ class StateView(MutableMapping[Any, Any]):
 
     def __init__(self, inner: Optimizer, shadow: ShadowSet) -> None:
         self._optimizer, self._shadow = inner, shadow
+        self._shown: WeakValueDictionary[int, ParamState] = WeakValueDictionary()
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, torch.Tensor):
-            return ParamState(self._optimizer.state, self._shadow, key)
-        return self._optimizer.state[key]
+        if not isinstance(key, torch.Tensor):
+            return self._optimizer.state[key]
+        shown = self._shown.get(id(key))
+        if shown is None or shown._param is not key:
+            shown = ParamState(self._optimizer.state, self._shadow, key)
+            self._shown[id(key)] = shown
+        # Torch replaces the inner's state on load.
+        shown._inner = self._optimizer.state
+        return shown
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, torch.Tensor):
             self._optimizer.state[key] = value
             return
         entries = dict(value)
-        own = {k: entries.pop(k) for k in STATE_KEYS if k in entries}
-        if "ema" in own and "ema_low" in own:
-            own["ema"] = own["ema"], own.pop("ema_low")
-        if entries or not own or key in self._optimizer.state:
+        ours = {k: entries.pop(k) for k in STATE_KEYS if k in entries}
+        if "ema" in ours and getattr(ours["ema"], "shape", None) != key.shape:
+            self._shadow.warn_of_shape(key)
+            ours = {}
+        if entries or not ours or key in self._optimizer.state:
             self._optimizer.state[key] = entries
-        if not own:
-            _drop(self._shadow, key)
-        for name, entry in own.items():
-            _write(self._shadow, key, name, entry)
+        if not ours:
+            self._shadow.remove(key)
+        else:
+            _write(self._shadow, key, ours)
 
     def __delitem__(self, key: Any) -> None:
         if key not in self:
             raise KeyError(key)
+        if isinstance(key, torch.Tensor) and (shown := self._shown.pop(id(key), None)) is not None:
+            shown.keep()
         self._optimizer.state.pop(key, None)
-        _drop(self._shadow, key)
+        if isinstance(key, torch.Tensor):
+            self._shadow.remove(key)
 
     def __contains__(self, key: object) -> bool:
         return key in self._optimizer.state or key in self._shadow.slots
@@ -127,35 +153,50 @@ def _snapshot(entry: Any) -> Any:
     return dict(entry) if isinstance(entry, Mapping) else entry
 
 
-def _drop(shadow: ShadowSet, param: Any) -> None:
-    if param in shadow.slots:
-        shadow.forget_cache()
-        del shadow.slots[param]
-
-
-def _write(shadow: ShadowSet, param: Tensor, key: str, value: Any) -> None:
+def _write(shadow: ShadowSet, param: Tensor, entries: Mapping[str, Any]) -> None:
     """Take what an engine assigns, under our own policy of dtype and device."""
-    main, low = value if isinstance(value, tuple) else (value, None)
-    if key == "ema":
-        check_tensor("ema", main, param)
-    if key == "ema_low" or low is not None:
-        check_low("ema_low", low if key == "ema" else main, param)
-    slot = shadow.slots.get(param) or shadow.slots.setdefault(param, shadow.birth(param))
-    shadow.forget_cache()
+    if "ema" in entries:
+        check_tensor("ema", entries["ema"], param)
+    if "ema_low" in entries:
+        check_low("ema_low", entries["ema_low"], param)
+    slot = shadow.find(param)
+    if slot is None:
+        slot = shadow.slots[param] = shadow.birth(param)
+    shadow.forget_lanes()
     with no_autograd():
-        if key == "ema_low":
-            if slot.low is not None:
-                slot.low = _copy(param, slot.low, main)
-        elif key == "ema" and low is None and main.dtype == slot.ema.dtype:
-            slot.ema = _copy(param, slot.ema, main)
-        elif key == "ema":
-            slot.ema, slot.low = restored(param, (main, low), slot.format)
-        elif key == "ema_step":
-            if int(value) != shadow.ema_step(slot):
-                shadow.step = max(shadow.step, int(value))  # no parameter is ahead of the clock
-                slot.updates, slot.share = shadow.counter_at(int(value), shadow.step, None)
-        elif slot.parked is not None:
-            slot.parked = copy_like(param, value)
+        if "ema" in entries and "ema_low" in entries:
+            parts = entries["ema"], entries["ema_low"]
+            slot.ema, slot.low = restored(param, parts, slot.format)
+            entries = {k: v for k, v in entries.items() if k not in ("ema", "ema_low")}
+        for key, value in entries.items():
+            _SETTERS[key](shadow, param, slot, value)
+
+
+def _set_ema(shadow: ShadowSet, param: Tensor, slot: Slot, value: Tensor) -> None:
+    if value.dtype == slot.ema.dtype:
+        slot.ema = _copy(param, slot.ema, value)
+    else:
+        slot.ema, slot.low = restored(param, (value, None), slot.format)
+
+
+def _set_low(shadow: ShadowSet, param: Tensor, slot: Slot, value: Tensor) -> None:
+    if slot.low is not None:
+        slot.low = _copy(param, slot.low, value)
+
+
+def _set_step(shadow: ShadowSet, param: Tensor, slot: Slot, value: Any) -> None:
+    if int(value) != shadow.ema_step(slot):
+        shadow.step = max(shadow.step, int(value))  # no parameter is ahead of the clock
+        steps = max(slot.counter.steps, int(value))
+        slot.set_counts(steps, *shadow.counter_at(int(value), steps, None))
+
+
+def _set_parked(shadow: ShadowSet, param: Tensor, slot: Slot, value: Tensor) -> None:
+    if slot.parked is not None:
+        slot.parked = copy_like(param, value)
+
+
+_SETTERS = {"ema": _set_ema, "ema_step": _set_step, "ema_weights": _set_parked, "ema_low": _set_low}
 
 
 def _copy(param: Tensor, old: Tensor, value: Tensor) -> Tensor:

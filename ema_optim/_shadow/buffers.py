@@ -39,7 +39,7 @@ class AveragedBuffers:
         if shadow.mode != "block":
             for name, buffer in floats.items():
                 old = self._seen.get(name, buffer)
-                if old is not buffer and old in shadow.slots and old.shape == buffer.shape:
+                if old is not buffer and shadow.find(old) is not None and old.shape == buffer.shape:
                     shadow.hand_over(old, buffer)
             self._seen = floats
         return floats

@@ -87,7 +87,7 @@ class CompiledStep:
             self._warn(f"{type(inner).__name__} could not be compiled ({_reason(error)})")
             return inner.step(), plan
         for bucket, factor in fitting:
-            bucket.share *= factor
+            bucket.counter.share *= factor
         done = {id(bucket) for bucket, _ in fitting}
         return result, plan and [item for item in plan if id(item[0]) not in done]
 

@@ -61,7 +61,6 @@ def load_ema_state(
     strict: bool,
 ) -> None:
     """Make ``state`` the EMA; everything is checked before anything changes."""
-    shadow.settle()
     named = _named_tensors(model)
     members = set(shadow.members(groups))
     found = {_known(name, named): value for name, value in state.items()}
@@ -74,7 +73,7 @@ def load_ema_state(
     _check_tied({name: found[name] for name in targets}, named)
     for name, param in targets.items():
         slots[param] = _loaded_slot(shadow, param, found[name], dtypes.get(param))
-    shadow.forget_cache()
+    shadow.forget_lanes()
     shadow.slots.update(slots)
     shadow.step = max(shadow.step, shadow.update_after_step + 1)
 
@@ -88,10 +87,12 @@ def _whole(shadow: ShadowSet, param: Tensor) -> Tensor:
 
 
 def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, dtype: EMADtype) -> Slot:
-    old = shadow.slots.get(param)
-    updates = max(1, old.updates if old is not None else 0)
+    old = shadow.find(param)
+    steps, updates = (shadow.step, 0) if old is None else (old.counter.steps, old.updates)
+    slot = shadow.slot_of(param, (value, None), dtype)
     # No share: none of what was loaded is this run's initial weights.
-    return shadow.slot_of(param, (value, None), dtype, updates=updates, share=0.0)
+    slot.set_counts(max(steps, shadow.update_after_step + 1), max(1, updates), share=0.0)
+    return slot
 
 
 def _check_names(

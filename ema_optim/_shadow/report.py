@@ -44,6 +44,8 @@ def _distance(shadow: ShadowSet, params: Sequence[Tensor]) -> float:
 
 def updates_made(shadow: ShadowSet) -> int:
     """Updates of the EMA so far, on the optimizer's clock."""
+    if not shadow.slots and not shadow.absent:
+        return 0
     return max(0, shadow.step - shadow.update_after_step) // shadow.update_every
 
 
@@ -54,7 +56,7 @@ def check_export(shadow: ShadowSet, groups: Sequence[Group]) -> None:
 
 
 def check_share(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
-    """Warn once of an EMA that still holds much of the initial weights.
+    """Warn once of an EMA that still holds much of the initial weights, or that is none.
 
     Args:
         shadow: The shadow set.
@@ -62,10 +64,27 @@ def check_share(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
         kind: "swap" or "export"; once for each.
     """
     slots = shadow.counted(groups).values()
+    if not slots and any(group.get("ema_enabled", True) for group in groups):
+        _check_averaged(shadow)
     worst = max(slots, key=lambda slot: slot.share, default=None)
     if worst is not None and worst.share > _SHARE_LIMIT and kind not in shadow.warned:
         shadow.warned.add(kind)
         _warn_initial_share(shadow, groups, worst)
+
+
+def _check_averaged(shadow: ShadowSet) -> None:
+    if "unaveraged" in shadow.warned or "cold" in shadow.warned:
+        return
+    with no_autograd():
+        stepped = shadow.has_stepped()
+    if stepped:
+        shadow.warned.add("unaveraged")
+        warn(
+            "nothing was averaged though the weights have moved: what is read are the training "
+            "weights (of an EMAModel the initial ones). Step the EMAOptimizer, not its inner "
+            "optimizer, or call EMAModel.update() after every step, over parameters that require "
+            "gradients"
+        )
 
 
 def check_finite(shadow: ShadowSet, groups: Sequence[Group]) -> None:

@@ -8,19 +8,21 @@ Everything mutable sits in this object, so that a proxy of the optimizer (Lightn
 to one with a ``__dict__`` of its own) and the optimizer itself can never disagree.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._arithmetic.formats import FORMATS, EMADtype
 from .._engines.quantized import dense, is_quantized
-from .._engines.sharding import refuse_flat
+from .._engines.sharding import local, refuse_flat
 from .._warnings import warn
 from ..schedules import Decay, check_decay, decay_factor, initial_share
-from .buckets import Bucket, Cache, follows, group_options, is_dry, make_buckets, own_dtypes
+from .buckets import Lane, follows, is_dry, make_buckets, own_dtypes, params_of
 from .memory import shared_memory
 from .options import check_count, check_dtype, check_module, check_options, ema_format
 from .slots import Group, Slot, place_of
@@ -46,7 +48,7 @@ class ShadowSet:
         decay: Float or schedule.
         update_every: Optimizer steps between two updates.
         update_after_step: Optimizer steps until averaging begins.
-        dtype: How an EMA tensor is stored, see ``_formats``; None is fp32 for every narrower float,
+        dtype: How an EMA tensor is stored, see ``formats``; None is fp32 for every narrower float,
             else the parameter's own dtype. A group's own ``ema_dtype`` goes before.
         module: The module that holds the FSDP2 modules, where they are not found by themselves.
         reseeds: Whether the first average begins at the weights of the moment before it, or (where
@@ -68,90 +70,151 @@ class ShadowSet:
         self.dtype = check_dtype(dtype)
         self.module = check_module(module)
         self.reseeds = reseeds
-        self.step = 0  # counted optimizer steps
+        self.source: Any = None  # the inner optimizer, where there is one
+        self.step = 0  # the largest clock: counted optimizer steps
         self.slots: dict[Tensor, Slot] = {}
+        # Slots of parameters that have left the groups, for as long as somebody else has them.
+        # Weak only then: torch.utils.swap_tensors refuses a tensor that is referred to weakly.
+        self.absent: Any = WeakTensorKeyDictionary()  # Any: torch does not type it
         self.swapped: dict[Tensor, Slot] = {}  # whose EMA weights are in the parameter now
         self.mode = "train"  # "train", "block", "eval" or "pending"
         self.eval_swaps = True  # whether eval() swaps; a trainer may have put the EMA in already
+        self.dry = False  # whether the inner optimizer has made a step that moved nothing
         self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
         self.warned: set[str] = set()
         self.compiled: Any = None  # what stands in for the inner step after compile()
-        self._cache: Cache | None = None
+        self._lanes: OrderedDict[tuple[int, int], Lane] = OrderedDict()
+        self._uses = 0  # steps over all lanes
         self._shared: set[Tensor] | None = None  # parameters that share memory
         self._share: tuple[Any, float] | None = None
-        self._settled_at = 0
+        self._entries = 0  # entries of the inner optimizer's state when last looked at
+        self._taken: TypeError | None = None  # what the inner optimizer's own keys are refused with
 
     def __getstate__(self) -> dict[str, Any]:
-        self.settle()
         # A copy made inside a swap block has no block to leave; train() puts its weights back.
         mode = "eval" if self.mode == "block" else self.mode
-        fresh = dict.fromkeys(("compiled", "_cache", "_shared", "_share"))
-        return {**self.__dict__, **fresh, "mode": mode}
+        fresh = dict.fromkeys(("compiled", "_shared", "_share"))
+        absent = list(self.absent.items())
+        return {**self.__dict__, **fresh, "mode": mode, "_lanes": OrderedDict(), "absent": absent}
 
-    def begin_step(self, groups: Sequence[Group]) -> list[tuple[Bucket, float]] | None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.absent = WeakTensorKeyDictionary(dict(state["absent"]))
+
+    def begin_step(self, groups: Sequence[Group]) -> Lane | None:
         """Prepare one step, before the weights move.
 
-        Gives birth to missing slots, seeds placeholders from the weights and settles the factors,
-        so that a bad decay raises before anything has moved.
+        Gives birth to missing slots, seeds placeholders from the weights and checks the factors, so
+        that a bad decay raises before anything has moved.
 
         Returns:
-            The updates that ``finish_step`` is to make, or None for a step that does not count: a
-            first step with every learning rate exactly 0 is the dry initialisation of distributed
-            checkpoints, made before the weights are loaded.
+            What ``finish_step`` is to be given, or None for a step that does not count: one at
+            which nothing has an EMA, and a first step with every learning rate exactly 0, the dry
+            initialisation of distributed checkpoints, which is made before the weights are loaded.
         """
-        buckets = self._fresh_buckets(groups)
-        if self.reseeds and self.step >= self.update_after_step:
-            for bucket in buckets:
-                if bucket.updates(self.step) == 0:
+        if self._taken is not None:
+            raise self._taken
+        lane = self._lane(groups)
+        if self.reseeds:
+            for bucket in lane.buckets:
+                if bucket.counter.steps >= self.update_after_step and bucket.is_placeholder:
                     with no_autograd():
                         bucket.seed()
-        if self.step == 0 and is_dry(groups):
+        if not lane.buckets:
+            self._warn_of_nothing(groups)
             return None
-        tick = self.step + 1 - self.update_after_step
-        if tick <= 0 or tick % self.update_every:
-            return []
-        return [(bucket, self._factor(bucket)) for bucket in buckets]
+        if is_dry(groups) and not any(bucket.counter.steps for bucket in lane.buckets):
+            self.dry = True
+            return None
+        lane.plan = [
+            (bucket, factor)
+            for bucket in lane.buckets
+            if (factor := bucket.factor(self.update_every, self.update_after_step)) is not None
+        ]
+        return lane
 
-    def finish_step(self, plan: list[tuple[Bucket, float]] | None) -> None:
+    def finish_step(self, lane: Lane | None) -> None:
         """Count the step and average, after the weights have moved."""
-        if plan is None:
+        if lane is None:
             return
         with no_autograd():
-            for bucket, factor in plan:
-                bucket.average(factor, self.step)
-        self.step += 1
+            for bucket, factor in lane.plan:
+                bucket.average(factor)
+            for bucket in lane.buckets:
+                bucket.counter.tick(self.update_after_step)
+                self.step = max(self.step, bucket.counter.steps)
+                # Without a look at the weights before a step, averaging begins here.
+                if not self.reseeds and bucket.counter.steps == self.update_after_step:
+                    bucket.seed()
 
-    def seed(self, groups: Sequence[Group]) -> None:
-        """Have every EMA begin at the weights of now."""
-        with no_autograd():
-            for bucket in self._fresh_buckets(groups):
-                bucket.seed()
+    def check_keys(self, keys: Sequence[str]) -> None:
+        """Raise TypeError once the inner optimizer keeps something of its own under these keys.
 
-    def settle(self) -> None:
-        """Write the buckets' counters back to the slots; they cost nothing per step this way."""
-        if self._cache is None or self._settled_at == self.step:
+        Looked for whenever its state has grown; from then on every step raises before it moves.
+        """
+        state = [e for e in self.source.state.values() if isinstance(e, dict)]
+        entries = sum(map(len, state))
+        if entries == self._entries:
             return
-        for bucket in self._cache.buckets:
-            for slot in bucket.slots:
-                slot.updates, slot.share = bucket.updates(self.step), bucket.share
-        self._settled_at = self.step
+        self._entries = entries
+        if taken := sorted({key for entry in state for key in keys if key in entry}):
+            name = type(self.source).__name__
+            self._taken = TypeError(
+                f"optimizer must not use the state keys {tuple(keys)}, got {taken} in the state "
+                f"of {name}: use EMAModel beside {name} instead"
+            )
+            raise self._taken
 
-    def forget_cache(self) -> None:
+    def has_stepped(self) -> bool:
+        """Whether the weights have moved, as far as can be seen, though nothing was averaged."""
+        if self.step or self.source is not None:
+            moved = self.source is not None and any(map(bool, self.source.state.values()))
+            return self.step > self.update_after_step or (moved and not self.step and not self.dry)
+        kept = self.all_slots().items()
+        return not all(torch.equal(local(value_of(s.ema, s.low)), local(p)) for p, s in kept)
+
+    def clear(self) -> None:
+        """Forget every average and begin anew, as newly built."""
+        self.forget_lanes()
+        self.slots, self.swapped, self.step = {}, {}, 0
+        self.absent.clear()
+
+    def forget_lanes(self) -> None:
         """Have the buckets made anew at the next step (a slot was changed from outside)."""
-        self.settle()
-        self._cache = self._shared = None
+        self._lanes.clear()
+        self._shared = None
+
+    def all_slots(self) -> dict[Tensor, Slot]:
+        """Every slot by parameter, those of absent parameters too."""
+        return {**dict(self.absent.items()), **self.slots} if self.absent else self.slots
+
+    def find(self, param: Tensor) -> Slot | None:
+        """The slot of a parameter, if it has one."""
+        slot = self.slots.get(param)
+        return self.absent.get(param) if slot is None and self.absent else slot
+
+    def remove(self, param: Tensor) -> None:
+        """Forget the slot of a parameter."""
+        self.forget_lanes()
+        self.slots.pop(param, None)
+        self.absent.pop(param, None)
 
     def counted(self, groups: Sequence[Group]) -> dict[Tensor, Slot]:
         """The slots that hold an average, by parameter; placeholders are left out."""
-        self.settle()
         # By id: a tensor's own hash is a call into Python.
-        own = {id(p) for g in groups if g.get("ema_enabled", True) for p in g["params"]}
-        return {p: slot for p, slot in self.slots.items() if slot.updates and id(p) in own}
+        here = {id(p): g.get("ema_enabled", True) for g in groups for p in g["params"]}
+        absent = self.source is not None
+        slots = self.all_slots().items()
+        return {p: slot for p, slot in slots if slot.updates and here.get(id(p), absent)}
+
+    def clock_of(self, group: Group) -> int:
+        """The clock of a param group: how many of its steps were counted."""
+        slots = filter(None, map(self.find, group["params"]))
+        return max((s.counter.steps for s in slots), default=group.get("ema_step", self.step))
 
     def ema_step(self, slot: Slot) -> int:
         """The counter of one slot in optimizer steps, as checkpoints hold it."""
-        self.settle()
-        return min(self.step, self.update_after_step) + slot.updates
+        return min(slot.counter.steps, self.update_after_step) + slot.updates
 
     def counter_at(self, ema_step: int, step: int, decay: float | None) -> tuple[int, float]:
         """Updates and share that a checkpoint's counter stands for when the clock shows ``step``.
@@ -176,19 +239,19 @@ class ShadowSet:
 
     def look_at_memory(self) -> None:
         """Find out anew which parameters share memory: ``param.data = ...`` may have changed it."""
-        self._shared = shared_memory(self.slots)
+        self._shared = shared_memory(self.all_slots())
 
     def ema_of(self, param: Tensor) -> Tensor:
         """The EMA weights of a parameter, wherever they are now; the weights before averaging."""
-        self.settle()
-        slot = self.slots.get(param)
+        slot = self.find(param)
         if slot is None or not slot.updates:
             return dense(param.detach())
         return value_of(self.main_of(param), slot.low)
 
     def main_of(self, param: Tensor) -> Tensor:
         """The main tensor of the EMA of a parameter that has one, wherever it is now."""
-        slot = self.slots[param]
+        slot = self.find(param)
+        assert slot is not None
         exchanged = param in self.swapped and slot.parked is None
         return param.detach() if exchanged else slot.ema
 
@@ -200,44 +263,47 @@ class ShadowSet:
         return slot.ema if slot.parked is None else slot.parked
 
     def members(self, groups: Sequence[Group]) -> list[Tensor]:
-        """Unique parameters of the groups that have, or at the next step will have, an EMA."""
-        members = {
-            param: None
-            for group in groups
-            if group.get("ema_enabled", True)
-            for param in group["params"]
-            if param in self.slots or follows(group, param)
-        }
-        return list(members)
+        """Unique parameters that have, or at the next step of the groups will have, an EMA."""
+        return list(dict.fromkeys([*self._enabled(groups), *self.absent.keys()]))
 
-    def birth(self, param: Tensor, dtype: EMADtype = None) -> Slot:
-        """A new slot that holds the parameter's weights; ``dtype`` is its group's own, if any."""
+    def birth(self, param: Tensor, dtype: EMADtype = None, steps: int | None = None) -> Slot:
+        """A new slot that holds the parameter's weights.
+
+        Args:
+            param: The parameter.
+            dtype: Its group's own, if any.
+            steps: The clock of its group; None for the largest.
+        """
         refuse_flat([param])
-        return self.slot_of(param, (param, None), dtype)
+        slot = self.slot_of(param, (param, None), dtype)
+        slot.counter.steps = self.step if steps is None else steps
+        return slot
 
-    def slot_of(self, param: Tensor, parts: Parts, dtype: EMADtype = None, **counts: Any) -> Slot:
+    def slot_of(self, param: Tensor, parts: Parts, dtype: EMADtype = None) -> Slot:
         """A slot of what ``parts`` hold, in the format that is wanted for the parameter."""
         format = ema_format(param.dtype, self.dtype if dtype is None else dtype)
         with no_autograd():
             main, low = restored(param, parts, format)
-        return Slot(main, low=low, **counts)
+        return Slot(main, low)
 
     def hand_over(self, old: Tensor, new: Tensor) -> None:
         """Let the slot of a tensor that was replaced be its successor's."""
-        self.forget_cache()
-        self.slots[new] = self.slots.pop(old)
+        slot = self.find(old)
+        self.remove(old)
+        if slot is not None:
+            self.slots[new] = slot
 
-    def renew_placeholder(self, param: Tensor) -> None:
-        """Have a placeholder hold the weights of now, as it does whenever it is looked at.
+    def renew_placeholders(self) -> None:
+        """Have placeholders hold the weights of this moment, as a checkpoint is to show them.
 
-        In a new tensor: the old one may be the template that a distributed load has written into.
+        In new tensors: the old one may be the template that a distributed load has written into.
         """
-        waits = self.reseeds or self.step < self.update_after_step
-        if waits and not self.slots[param].updates:
-            slot = self.slots[param]
-            with no_autograd():
-                slot.ema, slot.low = stored(param, param, slot.format)
-            self._cache = None  # a placeholder has no counters to settle
+        for param, slot in self.slots.items():
+            waits = self.reseeds or slot.counter.steps < self.update_after_step
+            if waits and not slot.updates:
+                with no_autograd():
+                    slot.ema, slot.low = stored(param, param, slot.format)
+                self._lanes.clear()
 
     def decay_in_force(self, groups: Sequence[Group]) -> float:
         """The decay of one step now: that of the first group with an EMA."""
@@ -245,45 +311,95 @@ class ShadowSet:
         decay = self.decay if own is None else own
         return decay_factor(decay, max(1, self.step - self.update_after_step), 1)
 
-    def _factor(self, bucket: Bucket) -> float:
-        updates = bucket.updates(self.step + 1)
-        return decay_factor(bucket.decay, updates, min(self.update_every, updates))
+    def _enabled(self, groups: Sequence[Group]) -> Iterator[Tensor]:
+        for group in groups:
+            if group.get("ema_enabled", True):
+                yield from (p for p in group["params"] if self.find(p) or follows(group, p))
 
-    def _fresh_buckets(self, groups: Sequence[Group]) -> list[Bucket]:
-        if self._cache is not None and self._cache.fits(groups):
-            return self._cache.buckets
+    def _lane(self, groups: Sequence[Group]) -> Lane:
+        params = groups[0]["params"] if groups else []
+        key = (len(groups), id(params[0]) if params else 0)
+        lane = self._lanes.get(key)
+        if lane is None or not lane.fits(groups):
+            lane = self._lanes[key] = self._new_lane(groups)
+        self._uses += 1
+        lane.used = self._uses
+        if len(self._lanes) > 1:
+            self._lanes.move_to_end(key)
+            self._let_go()
+        return lane
+
+    def _new_lane(self, groups: Sequence[Group]) -> Lane:
         for group in groups:
             check_options(group)
-        self.forget_cache()
-        dtypes = own_dtypes(groups)
-        members = self.members(groups)
-        self.slots = {param: self._slot_at(param, dtypes.get(param)) for param in members}
+        self._shared = None
+        ids = {*map(id, params_of(groups)), *map(id, groups)}
+        for key, lane in list(self._lanes.items()):
+            if not ids.isdisjoint(map(id, [*lane.params, *lane.groups])):
+                del self._lanes[key]
+        self._look_after_slots(groups)
         self._warn_of_bfloat16()
         with no_autograd():
-            clock = max(self.step, self.update_after_step)
-            buckets = make_buckets(groups, self.slots, self.decay, clock)
-        params = [param for group in groups for param in group["params"]]
-        self._cache = Cache(
-            params,
-            [param.requires_grad for param in params],
-            [param.dtype for param in params],
-            params[0].device if params else None,
-            group_options(groups),
-            buckets,
-        )
-        self._settled_at = self.step
-        return self._cache.buckets
+            buckets = make_buckets(groups, self.slots, self.decay, self.update_every, self.clock_of)
+        return Lane.of(groups, buckets, self.slots)
 
-    def _slot_at(self, param: Tensor, dtype: EMADtype) -> Slot:
-        slot = self.slots.get(param)
+    def _look_after_slots(self, groups: Sequence[Group]) -> None:
+        """Make missing slots, mend stale ones, and part with those of parameters that have left."""
+        dtypes, here = own_dtypes(groups), {}
+        for group in groups:
+            clock = self.clock_of(group)
+            for param in self._enabled([group]):
+                if param not in here:
+                    here[param] = self._slot_at(param, dtypes.get(param), clock)
+        stepped = set(map(id, params_of(groups)))
+        held = {id(p) for lane in self._lanes.values() for p in lane.params}
+        gone = {p: s for p, s in self.all_slots().items() if id(p) not in stepped}
+        self.slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}
+        # A model has all its parameters at any time: what is not there is gone for good.
+        left = {p: s for p, s in gone.items() if self.source and id(p) not in held}
+        self.absent = WeakTensorKeyDictionary(left)
+
+    def _let_go(self) -> None:
+        """Forget the lane of parameters that have not stepped for several rounds."""
+        oldest = next(iter(self._lanes.values()))
+        if self._uses - oldest.used > 4 * len(self._lanes):
+            self._lanes.popitem(last=False)
+            for param in oldest.params:
+                if (slot := self.slots.pop(param, None)) is not None:
+                    self.absent[param] = slot
+
+    def _slot_at(self, param: Tensor, dtype: EMADtype, clock: int) -> Slot:
+        slot = self.find(param)
+        if slot is not None and slot.ema.shape != param.shape:
+            self.warn_of_shape(param)
+            slot = None
         if slot is None:
-            return self.birth(param, dtype)
+            return self.birth(param, dtype, clock)
         wanted = ema_format(param.dtype, self.dtype if dtype is None else dtype)
         moved = slot.ema.device != param.device
         if moved or (slot.format != wanted and param not in self.swapped):
             with no_autograd():
                 slot.ema, slot.low = restored(param, (slot.ema, slot.low), wanted)
         return slot
+
+    def warn_of_shape(self, param: Tensor) -> None:
+        """Warn once that the EMA of a parameter of another shape than before begins anew."""
+        if "shape" not in self.warned:
+            self.warned.add("shape")
+            warn(
+                f"a parameter has got another shape, {tuple(param.shape)}, than its EMA: the EMA "
+                "begins anew at the new weights. To keep it, bring state[param]['ema'] to the new "
+                "shape together with the weights"
+            )
+
+    def _warn_of_nothing(self, groups: Sequence[Group]) -> None:
+        if "nothing" not in self.warned and any(g.get("ema_enabled", True) for g in groups):
+            self.warned.add("nothing")
+            warn(
+                "nothing was averaged at this step: no parameter requires a gradient, has one or "
+                "has an EMA already, and the step does not count. Let the parameters require "
+                "gradients, or leave the EMA out"
+            )
 
     def _warn_of_bfloat16(self) -> None:
         if "bfloat16" in self.warned:
