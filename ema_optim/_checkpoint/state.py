@@ -25,7 +25,8 @@ class ParamState(MutableMapping[str, Any]):
     """The state of one parameter: the inner optimizer's entries, then the EMA's.
 
     What was deleted from the optimizer's state keeps what it showed: code that replaces parameters
-    takes the old entry, deletes it, and assigns it to the new parameter.
+    takes the old entry, deletes it, and assigns it to the new parameter. Such code resizes every
+    entry but "step" (gsplat), so the counter is then shown on request only.
     """
 
     def __init__(self, inner: MutableMapping[Any, Any], shadow: ShadowSet, param: Tensor) -> None:
@@ -35,6 +36,10 @@ class ParamState(MutableMapping[str, Any]):
     def keep(self) -> None:
         """Show from now on what is shown now, whatever happens to the optimizer."""
         self._kept = dict(self)
+
+    def entries(self) -> dict[str, Any]:
+        """All entries, as a dict of their own."""
+        return dict(self if self._kept is None else self._kept)
 
     def _ours(self) -> dict[str, Any]:
         return slot_entries(self._shadow, self._param)
@@ -53,6 +58,7 @@ class ParamState(MutableMapping[str, Any]):
         if self._kept is not None:
             self._kept[key] = value
         elif key in STATE_KEYS:
+            _refuse_shape(key, value, self._param)
             _write(self._shadow, self._param, {key: value})
         else:
             self._inner[self._param][key] = value
@@ -68,7 +74,9 @@ class ParamState(MutableMapping[str, Any]):
             del self._inner[self._param][key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._rest(), *self._ours()] if self._kept is None else [*self._kept])
+        if self._kept is None:
+            return iter([*self._rest(), *self._ours()])
+        return iter([key for key in self._kept if key != "ema_step"])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -99,7 +107,7 @@ class StateView(MutableMapping[Any, Any]):
         if not isinstance(key, torch.Tensor):
             self._optimizer.state[key] = value
             return
-        entries = dict(value)
+        entries = value.entries() if isinstance(value, ParamState) else dict(value)
         ours = {k: entries.pop(k) for k in STATE_KEYS if k in entries}
         if "ema" in ours and getattr(ours["ema"], "shape", None) != key.shape:
             self._shadow.warn_of_shape(key)
@@ -151,6 +159,15 @@ def replace_state(view: StateView, value: Mapping[Any, Any]) -> None:
 
 def _snapshot(entry: Any) -> Any:
     return dict(entry) if isinstance(entry, Mapping) else entry
+
+
+def _refuse_shape(key: str, value: Any, param: Tensor) -> None:
+    if key == "ema" and isinstance(value, torch.Tensor) and value.shape != param.shape:
+        raise ValueError(
+            f"ema must have the shape of its parameter, {tuple(param.shape)}, got "
+            f"{tuple(value.shape)}: for another parameter take the entry out first, entry = "
+            "optimizer.state.pop(param)"
+        )
 
 
 def _write(shadow: ShadowSet, param: Tensor, entries: Mapping[str, Any]) -> None:
