@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ema_optim._arithmetic.average import ema_update_
-from ema_optim._arithmetic.formats import FORMATS, decode_, encode_, update_
+from ema_optim._arithmetic.formats import FORMATS, format_of
 from ema_optim._arithmetic.scratch import CHUNK
 
 MIB = 2**20
@@ -27,13 +27,17 @@ def empty(name, params):
 
 def stored(name, params):
     mains, lows = empty(name, params)
-    encode_(mains, lows, params)
+    FORMATS[name].encode_(mains, lows, params)
     return mains, lows
+
+
+def form_of(mains, lows):
+    return format_of(mains[0].dtype, lows[0].dtype if lows else None)
 
 
 def decoded(mains, lows, dtype=torch.float64):
     targets = [torch.empty_like(main, dtype=dtype) for main in mains]
-    decode_(targets, mains, lows)
+    form_of(mains, lows).decode_(targets, mains, lows)
     return targets
 
 
@@ -42,7 +46,8 @@ def positions(tensors):
 
 
 def update(parts, params, decay, stream=1, starts=None):
-    update_(*parts, params, decay, stream, positions(params) if starts is None else starts)
+    starts = positions(params) if starts is None else starts
+    form_of(*parts).update_(parts, params, decay, stream, starts)
     return parts
 
 
@@ -221,7 +226,7 @@ def test_the_order_of_the_list_changes_no_bit(name):
     order = [5, 0, 7, 3, 1, 6, 2, 4]
     starts = [positions(params)[i] for i in order]
     lists = [[part[i] for i in order] if part else [] for part in (*shuffled, params)]
-    update_(*lists, 0.9, 1, starts)
+    FORMATS[name].update_(lists[:2], lists[2], 0.9, 1, starts)
     assert same_parts(shuffled, whole)
 
 
@@ -381,8 +386,8 @@ def test_scratch_stays_below_4_mib(name, layout, dtype):
     params = [layout(torch.ones(shape, dtype=dtype)) for shape in shapes]
     parts, targets = stored(name, [torch.ones(s) for s in shapes]), [p.clone() for p in params]
     assert peak_allocation(lambda: update(parts, params, 0.9)) <= 4 * MIB
-    assert peak_allocation(lambda: encode_(*parts, params)) <= 4 * MIB
-    assert peak_allocation(lambda: decode_(targets, *parts)) <= 4 * MIB
+    assert peak_allocation(lambda: FORMATS[name].encode_(*parts, params)) <= 4 * MIB
+    assert peak_allocation(lambda: FORMATS[name].decode_(targets, *parts)) <= 4 * MIB
 
 
 @each_format
@@ -395,6 +400,7 @@ def test_no_generator_is_touched(name):
 @each_format
 def test_nothing_to_do_is_nothing(name):
     for decay in (0.0, 0.9, 1.0):
-        update(([], []), [], decay, starts=[])
+        FORMATS[name].update_(([], []), [], decay, 1, [])
     update(stored(name, [torch.empty(0, 3)]), [torch.empty(0, 3)], 0.9)
-    decode_([], [], [])
+    FORMATS[name].decode_([], [], [])
+    FORMATS[name].encode_([], [], [])

@@ -8,7 +8,7 @@ from reference import Reference, same, through_file, wide
 from torch import nn
 
 from ema_optim import EMAModel, EMAOptimizer, strip_ema_state_dict
-from ema_optim._arithmetic.formats import decode_, update_
+from ema_optim._arithmetic.formats import format_of
 from ema_optim._shadow.options import ema_format
 from ema_optim._shadow.store import stored
 
@@ -131,7 +131,9 @@ def test_apply_makes_the_ema_the_weights(format, dtype):
 
 def exact(entry):
     value = torch.empty_like(entry["ema"], dtype=torch.float64)
-    decode_([value], [entry["ema"]], [entry["ema_low"]] if "ema_low" in entry else [])
+    lows = [entry["ema_low"]] if "ema_low" in entry else []
+    form = format_of(entry["ema"].dtype, lows[0].dtype if lows else None)
+    form.decode_([value], [entry["ema"]], lows)
     return value
 
 
@@ -306,7 +308,8 @@ def test_the_step_and_the_position_in_the_model_decide_on_every_bit(format):
             params[i].grad = torch.randn_like(params[i])
         optimizer.step()
         for i, (mains, lows) in expected.items():
-            update_(mains, lows, [params[i].detach()], DECAY, step, [(0, 15, 19)[i]])
+            form = format_of(mains[0].dtype, lows[0].dtype if lows else None)
+            form.update_((mains, lows), [params[i].detach()], DECAY, step, [(0, 15, 19)[i]])
             kept = optimizer.state[params[i]]
             assert torch.equal(kept["ema"], mains[0])
             assert not lows or torch.equal(kept["ema_low"], lows[0])

@@ -22,6 +22,14 @@ def scratch_for(tensor: Tensor) -> Tensor:
     return torch.empty(CHUNK, dtype=tensor.dtype, device=tensor.device)
 
 
+def buffers(
+    tensors: list[Tensor], count: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """Flat buffers for batches of ``tensors``, which may be all of them if they are few."""
+    size = min(CHUNK, sum(map(Tensor.numel, tensors)))
+    return torch.empty(count, size, dtype=dtype, device=tensors[0].device).unbind()
+
+
 def carve(scratch: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """Views into the scratch buffer, one for each tensor and of its shape."""
     size = sum(tensor.numel() for tensor in tensors)
@@ -79,8 +87,7 @@ def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     if first.numel() <= CHUNK:
         yield tensors
         return
-    order = sorted(range(first.dim()), key=first.stride, reverse=True)
-    ordered = [tensor.permute(order) for tensor in tensors]
+    ordered = permuted(tensors)
     if all(tensor.is_contiguous() for tensor in ordered):
         yield from zip(*(torch.split(t.view(-1), CHUNK) for t in ordered), strict=True)
         return
@@ -88,3 +95,20 @@ def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     cuts = (torch.split(t, CHUNK // row) if row <= CHUNK else t.unbind() for t in tensors)
     for rows in zip(*cuts, strict=True):
         yield from pieces_of(rows)
+
+
+def permuted(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Views whose logical order is the order of the first one in memory."""
+    first = tensors[0]
+    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    return tuple(tensor.permute(order) for tensor in tensors)
+
+
+def in_memory_order(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``permuted``, and flat where the views can be."""
+    first = tensors[0]
+    if not first.is_contiguous():
+        tensors = permuted(tensors)
+    if first.dim() != 1 and all(map(Tensor.is_contiguous, tensors)):
+        tensors = tuple(tensor.view(-1) for tensor in tensors)
+    return tensors

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arithmetic.formats import FORMATS, Format
+from .._arithmetic.formats import FORMATS, format_of
 from .._engines.quantized import copy_like
 from .._shadow.options import check_low, check_options, check_tensor, format_name
 from .._shadow.shadow_set import ShadowSet, no_autograd
@@ -204,7 +204,7 @@ def _count(value: object, label: str) -> int:
 def _check_format(saved: StateDict, name: str | None, label: str) -> None:
     """Raise ValueError for an EMA that is not in the format it was saved in."""
     low = saved.get("ema_low")
-    found = Format(saved["ema"].dtype, None if low is None else low.dtype)
+    found = format_of(saved["ema"].dtype, None if low is None else low.dtype)
     named = {format_name(dtype): format for dtype, format in FORMATS.items()}
     whole = found.low is None and found.main.itemsize >= 4
     if name is None or (found == named[name] if name in named else whole):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from .._arithmetic.average import Casts, ema_update_
-from .._arithmetic.formats import EMADtype, encode_, update_
+from .._arithmetic.average import Casts
+from .._arithmetic.formats import EMADtype, Format
 from .._engines.quantized import dense, is_quantized
 from .._engines.sharding import first_element, is_sharded, local, local_parts
 from ..schedules import Decay, decay_factor
@@ -31,6 +31,7 @@ class Bucket:
 
     decay: Decay
     counter: Counter
+    format: Format
     sharded: bool = False
     quantized: bool = False
     casts: Casts | None = None
@@ -64,16 +65,13 @@ class Bucket:
 
     def average(self, factor: float) -> None:
         """``ema <- factor * ema + (1 - factor) * weights``; the clock numbers the update."""
-        if self.slots[0].format.rounds:
-            step = self.counter.steps
-            update_(self.emas, self.lows, self.weights(), factor, step, self.starts)
-        else:
-            ema_update_(self.emas, self.weights(), factor, self.casts)
+        parts, step = (self.emas, self.lows), self.counter.steps
+        self.format.update_(parts, self.weights(), factor, step, self.starts, self.casts)
         self.counter.share *= factor
 
     def seed(self) -> None:
         """Begin at the weights."""
-        encode_(self.emas, self.lows, self.weights())
+        self.format.encode_(self.emas, self.lows, self.weights())
 
     def weights(self) -> list[Tensor]:
         if self.sharded:
@@ -200,11 +198,13 @@ def make_buckets(
                 sharded = is_sharded(param)
                 # Quantized weights are dense one at a time: each has a bucket of its own.
                 alone = id(param) if is_quantized(param) else None
-                kind = (place_of(param), place_of(slot.ema), slot.format, sharded, alone)
+                format = slot.format
+                kind = (place_of(param), place_of(slot.ema), format, sharded, alone)
                 counts = (clock, _age(source, slot.updates, every), slot.share == 0.0)
                 counter = Counter(clock, slot.updates, slot.share)
                 bucket = buckets.setdefault(
-                    (*kind, own, counts), Bucket(source, counter, sharded, alone is not None)
+                    (*kind, own, counts),
+                    Bucket(source, counter, format, sharded, alone is not None),
                 )
                 bucket.add(param, slot, first + first_element(param))
             seen.add(param)
@@ -232,7 +232,7 @@ def _share_scratch(buckets: Iterable[Bucket]) -> None:
     buffers: dict[Any, Tensor] = {}
     for bucket in buckets:
         ema = bucket.emas[0]
-        if ema.dtype != bucket.params[0].dtype and not bucket.slots[0].format.rounds:
+        if ema.dtype != bucket.params[0].dtype and not bucket.format.rounds:
             bucket.casts = Casts(bucket.emas, buffers.get(place_of(ema)))
             buffers[place_of(ema)] = bucket.casts.scratch
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .._arithmetic.formats import FORMATS, EMADtype, Format
+from .._arithmetic.formats import FORMATS, EMADtype, Format, format_of
 from .._engines.sharding import check_layout
 from ..schedules import check_decay
 from .slots import Group
@@ -16,9 +16,9 @@ _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 def ema_format(dtype: torch.dtype, wanted: EMADtype) -> Format:
     """How the EMA of a parameter is stored; that of a complex one always as it is by default."""
     if isinstance(wanted, torch.dtype) and wanted not in FORMATS:
-        return Format(ema_dtype(dtype, wanted))
+        return format_of(ema_dtype(dtype, wanted))
     if wanted is None or dtype.is_complex:
-        return Format(ema_dtype(dtype, None))
+        return format_of(ema_dtype(dtype, None))
     return FORMATS[wanted]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._arithmetic.formats import Format
+from .._arithmetic.formats import Format, format_of
 
 Group = dict[str, Any]
 
@@ -57,7 +57,7 @@ class Slot:
 
     @property
     def format(self) -> Format:
-        return Format(self.ema.dtype, None if self.low is None else self.low.dtype)
+        return format_of(self.ema.dtype, None if self.low is None else self.low.dtype)
 
     @property
     def updates(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .._arithmetic.formats import Format, decode_, encode_
+from .._arithmetic.formats import Format, format_of
 from .._engines.quantized import check_quantized, dense, dense_like, is_quantized, write_
 from .._engines.sharding import local, locals_of, part_for
 from .slots import Slot, place_of
@@ -17,7 +17,7 @@ def stored(param: Tensor, value: Tensor, format: Format) -> Parts:
     """``value`` as the EMA of ``param`` is kept: its format, device, strides, part of this rank."""
     main, low = _empty(param, format)
     lows = [] if low is None else [local(low)]
-    encode_([local(main)], lows, [part_for(param, dense(value.detach()))])
+    format.encode_([local(main)], lows, [part_for(param, dense(value.detach()))])
     return main, low
 
 
@@ -25,7 +25,7 @@ def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
     """What a checkpoint holds, as the EMA of ``param`` is kept: bit for bit in the same format."""
     check_quantized(param, local(param))
     parts = main, low = dense(parts[0]), parts[1]
-    if Format(main.dtype, None if low is None else low.dtype) != format:
+    if format_of(main.dtype, None if low is None else low.dtype) != format:
         # The remainder of an fp32 tensor needs more digits than fp32 has.
         exact = main if low is None else _decoded(main, low, torch.float64)
         return stored(param, exact, format)
@@ -43,7 +43,7 @@ def value_of(main: Tensor, low: Tensor | None) -> Tensor:
 
 def _decoded(main: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     value = torch.empty_like(main, dtype=dtype)
-    decode_([local(value)], [local(main)], [local(low)])
+    format_of(main.dtype, low.dtype).decode_([local(value)], [local(main)], [local(low)])
     return value
 
 
@@ -60,7 +60,7 @@ def read_(targets: Iterable[Tensor], slots: Sequence[Slot]) -> None:
         kept[1].append(slot)
     for whole, members in groups.values():
         lows = [local(slot.low) for slot in members if slot.low is not None]
-        decode_(whole, locals_of(slot.ema for slot in members), lows)
+        members[0].format.decode_(whole, locals_of(slot.ema for slot in members), lows)
 
 
 def _empty(param: Tensor, format: Format) -> Parts:

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ema_optim import __version__, compute_optimal_decay
-from ema_optim._arithmetic.formats import FORMATS, Format, decode_, encode_, update_
+from ema_optim._arithmetic.formats import FORMATS, Format
 
 PLAIN = {"float32": Format(torch.float32)}
 ALL = {**PLAIN, **{str(name).removeprefix("torch."): form for name, form in FORMATS.items()}}
@@ -37,13 +37,13 @@ class Average:
     """The EMA of a list of tensors in one format."""
 
     def __init__(self, name: str, params: list[Tensor], decay: float) -> None:
-        form = ALL.get(name, Format(torch.bfloat16))
+        form = self.form = ALL.get(name, Format(torch.bfloat16))
         self.nearest, self.decay, self.updates = name == NEAREST, decay, 0
         self.mains = [torch.empty_like(p, dtype=form.main) for p in params]
         self.lows = [torch.empty_like(p, dtype=form.low) for p in params] if form.low else []
         sizes = torch.tensor([0, *(p.numel() for p in params)])
         self.starts = sizes.cumsum(0).tolist()[:-1]
-        encode_(self.mains, self.lows, params)
+        form.encode_(self.mains, self.lows, params)
 
     def update(self, params: list[Tensor]) -> None:
         self.updates += 1
@@ -51,11 +51,12 @@ class Average:
             new = torch._foreach_lerp([m.float() for m in self.mains], params, 1 - self.decay)
             torch._foreach_copy_(self.mains, new)
         else:
-            update_(self.mains, self.lows, params, self.decay, self.updates, self.starts)
+            parts = self.mains, self.lows
+            self.form.update_(parts, params, self.decay, self.updates, self.starts)
 
     def read(self) -> list[Tensor]:
         targets = [torch.empty_like(main, dtype=torch.float64) for main in self.mains]
-        decode_(targets, self.mains, self.lows)
+        self.form.decode_(targets, self.mains, self.lows)
         return targets
 
 

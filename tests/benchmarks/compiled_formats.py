@@ -13,7 +13,7 @@ import torch
 from accuracy_formats import print_table
 from tqdm import tqdm
 
-from ema_optim._arithmetic.formats import FORMATS, decode_, encode_, update_
+from ema_optim._arithmetic.formats import FORMATS
 
 SIZE, ROUNDS, WEIGHT = 4 << 20, 15, 1e-3
 NEAR = {"float32_compensated": 1e-6, "float24": 1e-4, torch.bfloat16: 2e-2}
@@ -54,14 +54,14 @@ KERNELS = {"float32_compensated": compensated, "float24": float24, torch.bfloat1
 def made(form, values):
     main = torch.empty_like(values, dtype=form.main)
     lows = [torch.empty_like(values, dtype=form.low)] if form.low else []
-    encode_([main], lows, [values])
+    form.encode_([main], lows, [values])
     return main, lows
 
 
 def check(name, main, lows, start, weights):
     """The first update, against fp32."""
     expected, found = torch.lerp(start, weights, WEIGHT), torch.empty_like(start)
-    decode_([found], [main], lows)
+    FORMATS[name].decode_([found], [main], lows)
     if (found - expected).norm() > NEAR[name] * expected.norm():
         raise RuntimeError(f"{name}: the compiled kernel is wrong")
 
@@ -79,7 +79,7 @@ def rows_of(name, form, start, weights, ramp, key):
     low = lows[0] if lows else None
     kernel(main, low, weights, ramp, key)
     check(name, main, lows, start, weights)
-    yield "eager", lambda: update_([other], others, [weights], 1 - WEIGHT, 1, [0])
+    yield "eager", lambda: form.update_(([other], others), [weights], 1 - WEIGHT, 1, [0])
     yield "compiled", lambda: kernel(main, low, weights, ramp, key)
 
 
