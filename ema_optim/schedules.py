@@ -22,7 +22,8 @@ def warmup_decay(max_decay: float) -> Schedule:
     Args:
         max_decay: Decay per optimizer step once warmed up, in [0, 1].
     """
-    return partial(_warmup, max_decay=_unit("max_decay", max_decay))
+    upper = _unit("max_decay", max_decay)
+    return _schedule(f"warmup_decay({upper})", _warmup, max_decay=upper)
 
 
 def inverse_gamma_decay(
@@ -40,13 +41,16 @@ def inverse_gamma_decay(
         min_decay: Lower limit of the decay, in [0, max_decay] (default: 0, no limit).
     """
     upper = _unit("max_decay", max_decay)
-    return partial(
-        _inverse_gamma,
-        max_decay=upper,
-        inv_gamma=_positive("inv_gamma", inv_gamma, "1 is the usual value"),
-        power=_positive("power", power, "2/3 and 3/4 are the usual values"),
-        min_decay=_inside("min_decay", min_decay, f"[0, {upper}]", "it may not exceed max_decay"),
-    )
+    options = {
+        "inv_gamma": _positive("inv_gamma", inv_gamma, "1 is the usual value"),
+        "power": _positive("power", power, "2/3 and 3/4 are the usual values"),
+        "min_decay": _inside(
+            "min_decay", min_decay, f"[0, {upper}]", "it may not exceed max_decay"
+        ),
+    }
+    shown = ", ".join(f"{name}={value}" for name, value in options.items())
+    call = f"inverse_gamma_decay({upper}, {shown})"
+    return _schedule(call, _inverse_gamma, max_decay=upper, **options)
 
 
 def exponential_warmup_decay(max_decay: float, *, tau: float = 2000) -> Schedule:
@@ -57,8 +61,9 @@ def exponential_warmup_decay(max_decay: float, *, tau: float = 2000) -> Schedule
         tau: Time constant in optimizer steps (default: 2000, as in Ultralytics): the ramp is at
             63 % of ``max_decay`` after ``tau`` updates and at 99.3 % after ``5 * tau``.
     """
-    scale = _positive("tau", tau, "2000 is the usual value")
-    return partial(_exponential_warmup, max_decay=_unit("max_decay", max_decay), tau=scale)
+    upper, scale = _unit("max_decay", max_decay), _positive("tau", tau, "2000 is the usual value")
+    call = f"exponential_warmup_decay({upper}, tau={scale})"
+    return _schedule(call, _exponential_warmup, max_decay=upper, tau=scale)
 
 
 def debiased_decay(decay: float) -> Schedule:
@@ -71,7 +76,8 @@ def debiased_decay(decay: float) -> Schedule:
     Args:
         decay: Final decay per optimizer step, in [0, 1]; at 1 the schedule is ``equal_average()``.
     """
-    return partial(_debiased, decay=_unit("decay", decay))
+    final = _unit("decay", decay)
+    return _schedule(f"debiased_decay({final})", _debiased, decay=final)
 
 
 def power_decay(sigma_rel: float) -> Schedule:
@@ -84,7 +90,8 @@ def power_decay(sigma_rel: float) -> Schedule:
         sigma_rel: Standard deviation of the average as a fraction of the run, in (0, 0.2887); EDM2
             keeps 0.05 and 0.10. Compare a constant decay of ``1 - 1/(sigma_rel * steps)``.
     """
-    return partial(_power, exponent=gamma_from_sigma_rel(sigma_rel) + 1.0)
+    exponent = gamma_from_sigma_rel(sigma_rel) + 1.0
+    return _schedule(f"power_decay({float(sigma_rel)})", _power, exponent=exponent)
 
 
 def samples_half_life_decay(
@@ -102,9 +109,11 @@ def samples_half_life_decay(
             included (default: None, no limit); NVlabs/edm uses 0.05 and NVlabs/edm2 0.09.
     """
     samples = _positive("half_life", half_life, "give it in samples")
-    steps = samples / _positive("batch_size", batch_size, "give the samples per optimizer step")
-    ramp = math.inf if ramp_up is None else _positive("ramp_up", ramp_up, "None means no ramp")
-    return partial(_half_life, half_life=steps, ramp_up=ramp)
+    batch = _positive("batch_size", batch_size, "give the samples per optimizer step")
+    ramp = None if ramp_up is None else _positive("ramp_up", ramp_up, "None means no ramp")
+    call = f"samples_half_life_decay({samples}, batch_size={batch}, ramp_up={ramp})"
+    limit = math.inf if ramp is None else ramp
+    return _schedule(call, _half_life, half_life=samples / batch, ramp_up=limit)
 
 
 def equal_average() -> Schedule:
@@ -112,7 +121,7 @@ def equal_average() -> Schedule:
 
     Source: stochastic weight averaging, Izmailov et al. 2018, arXiv 1803.05407.
     """
-    return _equal
+    return _schedule("equal_average()", _equal)
 
 
 def decay_from_half_life(half_life: float) -> float:
@@ -224,6 +233,33 @@ def initial_share(decay: Decay, updates: int) -> float:
         if share < 1e-12:
             return 0.0
     return share
+
+
+class _Schedule(partial[float]):
+    """A schedule that reads as the call that made it, and compares by what it computes."""
+
+    call: str
+
+    def __repr__(self) -> str:
+        return self.call
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Schedule) and self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return hash(self._value())
+
+    def _value(self) -> tuple[object, ...]:
+        return self.func, *sorted(self.keywords.items())
+
+
+def _schedule(call: str, function: Callable[..., float], **options: float) -> Schedule:
+    made = _Schedule(function, **options)
+    made.call = call  # what was given: the options may hold what is computed from it
+    return made
+
+
+# Pickles find the functions below by name, also those of versions without the class above.
 
 
 def _warmup(update: int, *, max_decay: float) -> float:

@@ -1,14 +1,17 @@
 """Decay schedules against printed values, closed forms and the identities that define them."""
 
+import copy
 import math
 import pickle
 import random
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
+from ema_optim import EMAOptimizer, schedules
 from ema_optim.schedules import (
     check_decay,
     compute_optimal_decay,
@@ -275,9 +278,63 @@ def test_averaging_sgd_is_decaying_its_learning_rate(decay, tail_mass):
 
 
 @each_schedule
-def test_schedules_survive_pickling(schedule):
-    copy = pickle.loads(pickle.dumps(schedule))
-    assert [copy(t) for t in TIMES] == [schedule(t) for t in TIMES]
+@pytest.mark.parametrize("again", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])
+def test_copies_of_a_schedule_are_equal_and_give_its_values(schedule, again):
+    other = again(schedule)
+    assert [other(t) for t in TIMES] == [schedule(t) for t in TIMES]
+    assert other == schedule
+    assert repr(other) == repr(schedule)
+
+
+# As functools.partial, as which schedules were pickled once.
+@pytest.mark.parametrize(
+    ("name", "options", "schedule"),
+    [
+        ("_warmup", {"max_decay": 0.999}, warmup_decay(0.999)),
+        (
+            "_exponential_warmup",
+            {"max_decay": 0.9999, "tau": 50.0},
+            SCHEDULES["exponential_warmup"],
+        ),
+        ("_debiased", {"decay": 0.999}, debiased_decay(0.999)),
+        ("_power", {"exponent": gamma_from_sigma_rel(0.1) + 1}, power_decay(0.1)),
+        ("_equal", {}, equal_average()),
+    ],
+)
+def test_old_pickles_of_schedules_load(name, options, schedule):
+    function = getattr(schedules, name)
+    old = pickle.loads(pickle.dumps(partial(function, **options) if options else function))
+    assert [old(t) for t in TIMES] == [schedule(t) for t in TIMES]
+
+
+REPRS = {
+    "warmup": "warmup_decay(0.999)",
+    "inverse_gamma": "inverse_gamma_decay(0.9999, inv_gamma=2.0, power=0.75, min_decay=0.1)",
+    "exponential_warmup": "exponential_warmup_decay(0.9999, tau=50.0)",
+    "debiased": "debiased_decay(0.999)",
+    "power": "power_decay(0.1)",
+    "samples_half_life": "samples_half_life_decay(500000.0, batch_size=512.0, ramp_up=0.05)",
+    "equal": "equal_average()",
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_reads_as_the_call_that_makes_it(name):
+    assert repr(SCHEDULES[name]) == REPRS[name]
+    assert eval(REPRS[name], vars(schedules)) == SCHEDULES[name]
+
+
+def test_an_optimizer_shows_its_schedule():
+    optimizer = EMAOptimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1), warmup_decay(0.999))
+    assert "(decay=warmup_decay(0.999), " in repr(optimizer)
+
+
+@each_schedule
+def test_a_schedule_equals_only_one_of_the_same_values(schedule):
+    others = [other for other in SCHEDULES.values() if other is not schedule]
+    assert schedule not in others
+    assert len({schedule, copy.copy(schedule), *others}) == len(SCHEDULES)
+    assert warmup_decay(0.9) not in (warmup_decay(0.99), 0.9, None)
 
 
 @each_schedule

@@ -1,7 +1,5 @@
 """What a user may set, and what is said of a value that is out of its range."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -123,7 +121,4 @@ def check_low(what: str, low: object, param: Tensor) -> None:
 
 def same_option(one: object, other: object) -> bool:
     """Whether two values of a constructor argument are equal."""
-    # The package's schedules are partial functions, which compare by identity.
-    if isinstance(one, partial) and isinstance(other, partial):
-        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
     return bool(one == other)
