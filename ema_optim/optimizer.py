@@ -211,8 +211,9 @@ class EMAOptimizer(SwappingOptimizer):
 
         Args:
             model: The model that owns the parameters.
-            state: Tensors by parameter name, as ``get_ema_state`` returns them. For parameters that
-                are DTensors also whole tensors, on every rank.
+            state: Tensors by parameter name, as ``get_ema_state`` returns them; one prefix of all
+                names (``module.``, ``model.``, ``_forward_module.``), there or in the model, is no
+                difference. For parameters that are DTensors also whole tensors, on every rank.
             strict: Whether the names must be exactly those of the parameters.
 
         Raises:

@@ -217,6 +217,28 @@ def test_what_is_loaded_is_what_is_got(steps, prefix, wrap):
     assert not optimizer.swapped
 
 
+# A LightningModule's network, the engine of a strategy and data-parallel wrappers prefix all names.
+@pytest.mark.parametrize("prefix", ["module", "_forward_module", "model"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_one_prefix_of_all_names_is_no_difference(prefix, strict):
+    model, optimizer = pair(steps=2)
+    outer, state = nn.ModuleDict({prefix: model}), random_state(model)
+    prefixed = {f"{prefix}.{name}": value for name, value in state.items()}
+    for owner, given in [(model, prefixed), (outer, state), (outer, prefixed), (model, state)]:
+        train(optimizer, 1)
+        optimizer.load_ema_state(owner, given, strict)
+        assert same(optimizer.get_ema_state(model), state)
+
+
+@pytest.mark.parametrize("name", ["model.scale", "_forward_module.new", "other.scale"])
+def test_a_prefix_that_does_not_make_all_names_fit_is_an_error(name):
+    model, optimizer = pair(steps=2)
+    before, state = everything(model, optimizer), random_state(model)
+    with pytest.raises(KeyError, match=f"unknown: \\['{name}'\\]"):
+        optimizer.load_ema_state(model, {**state, name: state["scale"]})
+    assert same(everything(model, optimizer), before)
+
+
 @each_dtype
 @pytest.mark.parametrize("given", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_what_is_loaded_is_copied_into_the_dtype_of_the_ema(dtype, given):

@@ -1,6 +1,6 @@
 """EMA weights by parameter name: what ``get_ema_state`` and ``load_ema_state`` exchange."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from .options import check_tensor, whole_format
 from .shadow_set import ShadowSet, no_autograd
 from .slots import Group, Slot
 from .store import stored
+
+# Of data-parallel wrappers, DeepSpeed's engine inside Lightning, and a module's own network.
+_PREFIXES = ("module.", "_forward_module.", "model.")
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -63,7 +66,7 @@ def load_ema_state(
     """Make ``state`` the EMA; everything is checked before anything changes."""
     named = _named_tensors(model)
     members = set(shadow.members(groups))
-    found = {_known(name, named): value for name, value in state.items()}
+    found = _by_known_names(state, named)
     targets = {name: named[name] for name in found if name in named and named[name] in members}
     if strict:
         _check_names(found, targets, {n: t for n, t in named.items() if t in members})
@@ -118,8 +121,22 @@ def _check_tied(found: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> Non
             )
 
 
+def _by_known_names(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` by the model's names, where one prefix for all is all that parts the two."""
+    names = {name: _clean(name) for name in state}
+    prefixes = [prefix for prefix in ("", *_PREFIXES) if _all_start_with(prefix, names.values())]
+    ways = [{name: own[len(prefix) :] for name, own in names.items()} for prefix in prefixes]
+    ways += [{name: prefix + own for name, own in names.items()} for prefix in _PREFIXES]
+    fallback = {name: _known(own, named) for name, own in names.items()}
+    way = next((way for way in ways if named.keys() >= set(way.values())), fallback)
+    return {way[name]: value for name, value in state.items()}
+
+
+def _all_start_with(prefix: str, names: Iterable[str]) -> bool:
+    return all(name.startswith(prefix) for name in names)
+
+
 def _known(name: str, named: Mapping[str, Tensor]) -> str:
-    name = _clean(name)
     if name not in named and name.startswith("module."):
         return name.removeprefix("module.")
     return name
