@@ -10,7 +10,7 @@ from ._arithmetic.formats import EMADtype
 from ._checkpoint import layout, read
 from ._engines import adapters
 from ._shadow import names, report, swap
-from ._shadow.buffers import AveragedBuffers, HeldBuffers
+from ._shadow.buffers import AveragedBuffers, HeldBuffers, Wanted, temporary_buffers
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
 from .schedules import Decay
@@ -25,16 +25,18 @@ class EMAModel:
 
     Call ``update()`` once after each optimizer step. Averaged are the parameters that require a
     gradient. Buffers (running statistics of BatchNorm) are the model's own by default, put back as
-    they were when ``use_ema()`` ends; with ``use_buffers=True`` floating-point buffers are averaged
-    like the weights. Integer buffers are never averaged.
+    they were when ``use_ema()`` ends; with ``use_buffers=True`` the running statistics are averaged
+    like the weights, and what else is in a buffer (masks, observers, caches) stays the model's own.
 
     Args:
         model: The model in training; not copied. Weights loaded into it after construction need
             ``reset()``.
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], or a schedule
             ``update number (1-based) -> decay``.
-        use_buffers: Whether floating-point buffers are averaged, as
-            ``torch.optim.swa_utils.AveragedModel`` names it. Default False.
+        use_buffers: Which buffers are averaged. Default False: none. True: ``running_mean`` and
+            ``running_var`` of torch's norm classes and their subclasses. A list of names (shell
+            patterns, ``["*.expert_bias"]``): these. A buffer that is named has to be of floats and
+            to keep its shape; one that no state dict of the model holds is not saved here either.
         update_every: Optimizer steps between two updates; the update then applies
             ``decay ** update_every``. Default 1.
         update_after_step: Optimizer steps until averaging begins; until then the EMA is the
@@ -60,7 +62,7 @@ class EMAModel:
         model: nn.Module,
         decay: Decay = 0.999,
         *,
-        use_buffers: bool = False,
+        use_buffers: Wanted = False,
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
@@ -68,10 +70,14 @@ class EMAModel:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model)}")
         self.model = model
-        self.use_buffers = use_buffers
         self._ema = ShadowSet(decay, update_every, update_after_step, dtype, reseeds=False)
-        self._buffers = AveragedBuffers()
+        self._buffers = AveragedBuffers(use_buffers)
         self.reset()
+
+    @property
+    def use_buffers(self) -> Wanted:
+        """Which buffers are averaged, as given at construction."""
+        return self._buffers.wanted
 
     @property
     def swapped(self) -> bool:
@@ -88,8 +94,8 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("reset()")
+        groups = self._groups(anew=True)
         self._ema.clear()
-        groups = self._groups()
         slots = {param: self._ema.birth(param) for param in self._ema.members(groups)}
         read.Loaded(slots).install(self._ema)
 
@@ -165,7 +171,7 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``, where the model's state dict holds the EMA weights.
         """
         self._refuse_in_block("state_dict()")
-        groups = self._groups()
+        groups = self._saved_groups()
         packed = [{"params": g["param_names"], "ema_params": self._averaged(g)} for g in groups]
         empty = {"state": {}, "param_groups": packed}
         return layout.merge(empty, groups, self._ema, may_be_swapped=False)
@@ -174,7 +180,8 @@ class EMAModel:
         """Load what ``state_dict()`` returned, bit for bit; before or after the model's own.
 
         Args:
-            state_dict: From an EMAModel of the same model and the same ``use_buffers``.
+            state_dict: From an EMAModel of the same model. Of its buffers only those are loaded
+                that are averaged here; none of these may be missing.
 
         Raises:
             ValueError: The names or shapes are another model's, or an entry is damaged; nothing
@@ -182,11 +189,11 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("load_state_dict()")
-        groups = self._groups()
+        groups = self._saved_groups()
         _check_names(groups, state_dict)
         # By name, not by position: the order of a model's modules may change.
         named = [{**g, "params": list(g["param_names"])} for g in groups]
-        pairs = zip(state_dict["param_groups"], named, strict=True)
+        pairs = zip(state_dict["param_groups"], named, strict=False)  # buffers may be left out
         saved = {**state_dict, "param_groups": [{**old, **new} for old, new in pairs]}
         read.read(self._ema, groups, saved).install(self._ema)
 
@@ -194,21 +201,33 @@ class EMAModel:
         pairs = zip(group["params"], group["param_names"], strict=True)
         return [name for tensor, name in pairs if self._ema.find(tensor) is not None]
 
-    def _groups(self) -> list[Group]:
+    def _groups(self, anew: bool = False) -> list[Group]:
         # Walked at every call: a module that was replaced must not leave the EMA behind on it.
         params = names.unique(names.named_parameters(self.model))
         groups: list[Group] = [{"params": list(params), "param_names": list(params.values())}]
-        if self.use_buffers:
-            buffers = names.unique(self._buffers.find(self.model, self._ema))
-            own = list(buffers.values())
-            groups.append({"params": list(buffers), "param_names": own, "ema_buffers": True})
+        if buffers := names.unique(self._buffers.find(self.model, self._ema, anew)):
+            groups.append(_buffer_group(buffers))
         return groups
+
+    def _saved_groups(self) -> list[Group]:
+        params, *buffers = self._groups()
+        temporary = temporary_buffers(self.model)
+        for group in buffers:
+            pairs = zip(group["params"], group["param_names"], strict=True)
+            if lasting := {b: name for b, name in pairs if b not in temporary}:
+                return [params, _buffer_group(lasting)]
+        return [params]
 
     def _refuse_in_block(self, what: str) -> None:
         if self._ema.mode == "block":
             raise RuntimeError(f"{what} inside use_ema(): leave the block first")
         if self._ema.mode == "eval":  # an interrupt kept use_ema() from putting them back
             swap.leave_block(self._ema)
+
+
+def _buffer_group(buffers: Mapping[Tensor, str]) -> Group:
+    own = list(buffers.values())
+    return {"params": list(buffers), "param_names": own, "ema_buffers": True}
 
 
 def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:
@@ -218,18 +237,24 @@ def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:
             "the checkpoint must not be written while swapped, got ema_swapped=True: load it into "
             "the EMAOptimizer that wrote it, call train() and save again"
         )
-    wanted = [name for group in groups for name in group["param_names"]]
-    given = [name for group in state_dict["param_groups"] for name in group["params"]]
-    if missing := sorted(set(wanted) - set(given)):
+    wanted = {name for group in groups for name in group["param_names"]}
+    given = {name for group in state_dict["param_groups"] for name in group["params"]}
+    if missing := sorted(wanted - given):
         raise ValueError(f"the checkpoint must have every name of the model, it lacks {missing}")
-    if unknown := sorted(set(given) - set(wanted)):
+    if unknown := sorted(given - wanted - _buffer_names(state_dict)):
         raise ValueError(
             f"the checkpoint must have the names of the model alone, got {unknown} too: build the "
-            "EMAModel as it was when it was saved (the same model and use_buffers)"
+            "EMAModel of the same model as when it was saved"
         )
     for group in state_dict["param_groups"]:
         for name in group.get("ema_params", ()):
-            if "ema" not in state_dict["state"].get(name, ()):
+            if name in wanted and "ema" not in state_dict["state"].get(name, ()):
                 raise ValueError(
                     f"ema of {name} must be in the checkpoint, got none: the checkpoint is damaged"
                 )
+
+
+def _buffer_names(state_dict: Mapping[str, Any]) -> set[str]:
+    # An EMAModel saves its parameters as the first group and its buffers as the second.
+    own = [group for group in state_dict["param_groups"][1:] if "ema_params" in group]
+    return {name for group in own for name in group["params"]}

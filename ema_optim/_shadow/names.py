@@ -30,8 +30,9 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers under the names of the bare model."""
-    return {_clean(name): buffer for name, buffer in _unwrap(model).named_buffers()}
+    """Buffers under the names of the bare model, every name of a shared one."""
+    named = _unwrap(model).named_buffers(remove_duplicate=False)
+    return {_clean(name): buffer for name, buffer in named}
 
 
 def unique(named: Mapping[str, Tensor]) -> dict[Tensor, str]:
