@@ -11,8 +11,10 @@ from ._checkpoint import layout, read
 from ._engines import adapters
 from ._shadow import names, report, swap
 from ._shadow.buffers import AveragedBuffers, HeldBuffers, Wanted, temporary_buffers
+from ._shadow.movement import Movement
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
+from ._warnings import warn
 from .schedules import Decay
 
 
@@ -72,6 +74,7 @@ class EMAModel:
         self.model = model
         self._ema = ShadowSet(decay, update_every, update_after_step, dtype, reseeds=False)
         self._buffers = AveragedBuffers(use_buffers)
+        self._movement = Movement()
         self.reset()
 
     @property
@@ -100,13 +103,21 @@ class EMAModel:
         read.Loaded(slots).install(self._ema)
 
     def update(self) -> None:
-        """Average once; call it after every optimizer step.
+        """Average once; call it after every optimizer step (not after every micro-batch).
 
         Raises:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("update()")
-        self._ema.finish_step(self._ema.begin_step(self._groups()))
+        groups = self._groups()
+        self._ema.finish_step(self._ema.begin_step(groups))
+        if "rests" not in self._ema.warned and self._movement.rests(groups[0]["params"]):
+            self._ema.warned.add("rests")
+            warn(
+                "update() was called although the weights had not moved, at 3 of the last 4 "
+                "updates: call it once after every optimizer step, not after every micro-batch "
+                "(nor after a step that a GradScaler has skipped)"
+            )
 
     @contextmanager
     def use_ema(self) -> Iterator[None]:
