@@ -4,7 +4,7 @@ import copy
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
@@ -38,6 +38,16 @@ class ForwardingOptimizer(Optimizer):
         # Optimizer.__init__ is not called: it would build groups, state and a profiled step of its
         # own beside the inner optimizer's.
         ForwardingOptimizer.__setstate__(self, {"inner": optimizer})
+
+    if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+        def __getattr__(self, name: str) -> Any:
+            """Name the way to what the inner optimizer alone has."""
+            inner = self.__dict__.get("inner")
+            remedy = ""
+            if not name.startswith("_") and hasattr(inner, name):
+                remedy = f": the inner optimizer has it, use .inner.{name}"
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{remedy}")
 
     @property
     def param_groups(self) -> list[Group]:
@@ -91,13 +101,18 @@ class ForwardingOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return bool(self.inner._step_supports_amp_scaling)  # type: ignore[attr-defined]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Run the inner optimizer's step, then average.
 
-        Neither the EMA nor its counter moves on a step that a ``GradScaler`` has skipped.
+        Neither the EMA nor its counter moves on a step that a ``GradScaler`` has skipped. Hooks
+        run in this order: this optimizer's pre-hooks, torch's global ones, the inner optimizer's;
+        the step; the inner optimizer's post-hooks, the global ones, the average, this optimizer's.
+        Global hooks are handed the inner optimizer, once, and see the EMA of the step before.
 
         Args:
             closure: Reevaluates the model and returns the loss; passed through once.
+            *args: What the inner step takes beside it.
+            **kwargs: What the inner step takes beside it, by name.
 
         Returns:
             What the inner step returned.
@@ -107,8 +122,7 @@ class ForwardingOptimizer(Optimizer):
                 after ``eval()``, or after loading a checkpoint written while swapped).
         """
         # With the optimizer in front, as torch hands the arguments to hooks.
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {}
+        args = (self, closure, *args) if args or closure is not None else (self,)
         for pre_hook in self._optimizer_step_pre_hooks.values():
             if (changed := pre_hook(self, args, kwargs)) is not None:
                 if not isinstance(changed, tuple) or len(changed) != 2:
@@ -162,7 +176,7 @@ class ForwardingOptimizer(Optimizer):
             post_hook(self)
 
     @abstractmethod
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any: ...
+    def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any: ...
 
     @abstractmethod
     def _state_dict(self) -> dict[str, Any]: ...
@@ -215,9 +229,16 @@ def check_new_group(group: Group) -> None:
         raise TypeError(f"param_group must be a dict with 'params', got {group!r}")
     if not isinstance(group["params"], (torch.Tensor, set)):
         group["params"] = list(group["params"])  # a generator would be empty for the inner
-        if not group["params"]:
-            raise ValueError("a param group must have parameters, got none")
     check_options(group)
+
+
+def inner_step(
+    inner: Optimizer, closure: Callable[[], Any] | None, args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    """Step an optimizer with what the user gave; it may tell a missing closure from None."""
+    if args or closure is not None:
+        return inner.step(closure, *args, **kwargs)
+    return inner.step(**kwargs)
 
 
 def call_if_there(optimizer: Optimizer, name: str) -> None:
@@ -229,10 +250,10 @@ def call_if_there(optimizer: Optimizer, name: str) -> None:
 
 
 def ema_class(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
-    """A subclass of ``base`` that builds its inner optimizer from ``(params, **kwargs)``."""
+    """A subclass of ``base`` that builds its inner optimizer from ``(params, ...)``."""
 
-    def __init__(self: Any, params: Any, **kwargs: Any) -> None:
-        base.__init__(self, optimizer_class(params, **kwargs), **options)
+    def __init__(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, optimizer_class(params, *args, **kwargs), **options)
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         cls: Any = type(self)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ._arithmetic.formats import EMADtype
 from ._checkpoint import carry, layout, read
 from ._checkpoint.state import StateView, replace_state
-from ._forwarding import check_inner, check_new_group, ema_class
+from ._forwarding import check_inner, check_new_group, ema_class, inner_step
 from ._shadow import names, report, swap
 from ._shadow.buckets import Lane
 from ._shadow.compiled import CompiledStep
@@ -100,17 +100,17 @@ class EMAOptimizer(SwappingOptimizer):
     def state(self, value: Mapping[Any, Any]) -> None:
         replace_state(self._view, value)
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         swap.check_can_step(self._ema, self.param_groups, closure is not None)
         self._resolve_pending()
         lane = self._ema.begin_step(self.param_groups)
         compiled = None if torch.compiler.is_compiling() else self._ema.compiled
-        if compiled is not None:
+        if compiled is not None and not compiled.refuses(args, kwargs):
             result, plan = compiled.step(self.inner, lane and lane.plan, closure)
             if lane is not None:
                 lane.plan = plan
-        else:  # Not step(None): the inner may tell a missing closure from None.
-            result = self.inner.step() if closure is None else self.inner.step(closure)
+        else:
+            result = inner_step(self.inner, closure, args, kwargs)
         self._ema.check_keys(layout.STATE_KEYS)
         if not self._was_skipped():
             self._ema.finish_step(lane)
@@ -133,7 +133,7 @@ class EMAOptimizer(SwappingOptimizer):
             param_group: As torch takes it; may carry ``ema_decay``, ``ema_dtype``, ``ema_enabled``.
 
         Raises:
-            ValueError: The group has no parameters, or its ``ema_decay`` is not in [0, 1].
+            ValueError: Its ``ema_decay`` is not in [0, 1].
         """
         check_new_group(param_group)
         self.inner.add_param_group(param_group)
@@ -150,9 +150,9 @@ class EMAOptimizer(SwappingOptimizer):
         Tracing begins with the second step and takes a second and more for every ten tensors; a
         changing learning rate or decay does not trace again. Steps that the graph cannot stand in
         for are made in eager mode, and a warning says why (once for each reason): step hooks or a
-        patched ``step`` on the inner optimizer, ``fused=True``, ``differentiable=True``, sparse
-        gradients, complex or sharded parameters, an inner step that cannot be traced. Copies are
-        not compiled.
+        patched ``step`` on the inner optimizer, arguments beside a closure, ``fused=True``,
+        ``differentiable=True``, sparse gradients, complex or sharded parameters, an inner step that
+        cannot be traced. Copies are not compiled.
 
         Args:
             torch_compile_kwargs: What ``torch.compile`` takes, ``fullgraph`` apart (it is True).
@@ -255,14 +255,14 @@ class EMAOptimizer(SwappingOptimizer):
 
     @classmethod
     def for_class(cls, optimizer_class: type[Optimizer], **options: Any) -> type["EMAOptimizer"]:
-        """A real subclass that takes ``(params, **kwargs)``, for APIs that want a class.
+        """A real subclass that takes what ``optimizer_class`` takes, for APIs that want a class.
 
         Args:
             optimizer_class: The inner optimizer's class, or a factory of it.
             options: What ``EMAOptimizer`` takes beside the optimizer.
 
         Returns:
-            A class whose instances are ``EMAOptimizer(optimizer_class(params, **kwargs), ...)``.
+            A class whose instances are ``EMAOptimizer(optimizer_class(params, ...), ...)``.
         """
         made: type[EMAOptimizer] = ema_class(cls, optimizer_class, options)
         return made

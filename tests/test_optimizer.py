@@ -595,8 +595,6 @@ def test_what_cannot_be_wrapped_raises(make, error, message):
 @pytest.mark.parametrize(
     ("group", "error", "message"),
     [
-        ({"params": []}, ValueError, "must have parameters"),
-        ({"params": iter(())}, ValueError, "must have parameters"),
         ({}, TypeError, "with 'params'"),
         ({"params": [torch.zeros(2)], "ema_decay": -1.0}, ValueError, "got -1.0"),
     ],

@@ -59,6 +59,10 @@ class CompiledStep:
         trained = [param for param in _params(inner) if param.requires_grad]
         self._warn(_obstacle(inner, None) or _unsuited(trained))
 
+    def refuses(self, *more: Any) -> bool:
+        """Whether the step was given what the graph does not take."""
+        return self._warn("step() was given more than a closure" if any(more) else "")
+
     def step(
         self, inner: Optimizer, plan: Plan | None, closure: Closure
     ) -> tuple[Any, Plan | None]:
