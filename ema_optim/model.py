@@ -46,6 +46,11 @@ class EMAModel:
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``. Default None: fp32 for every
             narrower float, else the tensor's own dtype.
 
+    It equals ``torch.optim.swa_utils.AveragedModel`` bit for bit with ``update()`` where that has
+    ``update_parameters(model)``: with ``update_after_step=1`` the one that averages by
+    ``multi_avg_fn=get_ema_multi_avg_fn(decay)`` (its first call copies), with
+    ``decay=equal_average()`` and float32 weights the one of ``get_swa_multi_avg_fn()``.
+
     Raises:
         TypeError: ``model`` is no module.
         ValueError: A value is out of its range, or no parameter requires a gradient.

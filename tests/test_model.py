@@ -9,7 +9,7 @@ import torch
 from reference import Reference, same, through_file, wide
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ema_optim import (
     EMAModel,
@@ -139,6 +139,21 @@ def test_averages_equal_those_of_torchs_averaged_model(use_buffers, decay):
         torchs.update_parameters(model)
         expected = torchs.module.state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in averages(ema).items())
+
+
+def test_equal_averages_equal_those_of_torchs_averaged_model():
+    # Its default on a CPU is another formula; on an accelerator it is this one.
+    model = net()
+    torchs = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
+    default, ema = AveragedModel(model), EMAModel(model, equal_average())
+    for step in range(30):
+        move(model, 1, ema, seed=step)
+        torchs.update_parameters(model)
+        default.update_parameters(model)
+        expected, near = torchs.module.state_dict(), default.module.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in averages(ema).items())
+        for name, value in averages(ema).items():
+            torch.testing.assert_close(value, near[name], rtol=1e-6, atol=1e-6)
 
 
 def test_swapped_in_model_computes_what_torchs_averaged_model_computes():

@@ -543,6 +543,10 @@ def test_schedule_free_needs_only_its_own_train_and_eval():
     assert torch.equal(p, ema)
     optimizer.train()
     torch.testing.assert_close(p.detach(), training, rtol=1e-6, atol=1e-6)
+    optimizer.inner.eval()
+    assert not torch.equal(p, ema)
+    optimizer.inner.train()
+    torch.testing.assert_close(p.detach(), training, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
