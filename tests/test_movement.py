@@ -101,6 +101,16 @@ def test_layers_that_are_frozen_later_are_not_warned_of():
     assert run(every(1, 12), model, ema=ema) == []
 
 
+def test_a_model_that_is_frozen_in_whole_is_not_warned_of():
+    model = net()
+    ema = EMAModel(model, 0.9)
+    assert run(every(1, 8), model, ema=ema) == []
+    model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [ema.update() for _ in range(8)]
+
+
 def test_a_copy_watches_its_own_weights():
     model = net()
     ema = EMAModel(model, 0.9)

@@ -26,13 +26,13 @@ class Movement:
         if torch.compiler.is_compiling() or len(self._rests) == _UPDATES:
             return False
         with no_autograd():
-            if self._seen:
-                self._rests.append(not any(_has_moved(*seen) for seen in self._seen))
-            if not self._seen or not self._rests[-1]:
+            moved = not self._seen or any(_has_moved(*seen) for seen in self._seen)
+            self._rests.append(not moved)
+            if moved:
                 self._look_at([tensor for tensor, *_ in self._seen] or _smallest(params))
         if sum(self._rests[-4:]) < 3:
             return False
-        trained = {param for param in params if _is_trained(param)}
+        trained = {param for param in params if param.requires_grad}
         if all(tensor in trained for tensor, *_ in self._seen):
             return True
         self._seen, self._rests = [], []  # others are trained now
@@ -52,14 +52,9 @@ def _has_moved(tensor: Tensor, version: int, value: Tensor) -> bool:
 
 
 def _smallest(params: Iterable[Tensor]) -> list[Tensor]:
-    fit = [param for param in params if _is_trained(param) and _is_plain(param)]
+    fit = [param for param in params if param.requires_grad and _is_plain(param)]
     used = [param for param in fit if param.grad is not None]
     return sorted(used or fit, key=lambda param: local(param).numel())[:_WATCHED]
-
-
-def _is_trained(param: Tensor) -> bool:
-    # Some loops let the weights require a gradient only around the backward.
-    return param.requires_grad or param.grad is not None
 
 
 def _is_plain(param: Tensor) -> bool:
