@@ -304,8 +304,9 @@ def test_integer_buffers_changed_inside_use_ema_are_put_back_when_others_are_ave
 
 
 # Observers of quantization-aware training resize their buffers in place, also in evaluation.
-def test_a_buffer_resized_inside_use_ema_is_put_back():
-    model, ema = trained()
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_buffer_resized_inside_use_ema_is_put_back(use_buffers):
+    model, ema = trained(use_buffers=use_buffers)
     before = everything(model, ema)
     with ema.use_ema():
         model.norm.running_mean.resize_(9).fill_(1.0)
