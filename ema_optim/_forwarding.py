@@ -216,8 +216,6 @@ def check_inner(optimizer: Optimizer) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
     if isinstance(optimizer, ForwardingOptimizer):
         raise TypeError("optimizer must not be an EMAOptimizer already, got one: use that one")
-    if not any(group["params"] for group in optimizer.param_groups):
-        raise ValueError("optimizer must have parameters, got only empty param groups")
     for group in optimizer.param_groups:
         check_options(group)
         refuse_flat(group["params"])

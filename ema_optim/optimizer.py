@@ -60,7 +60,7 @@ class EMAOptimizer(SwappingOptimizer):
     Raises:
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, an EMAOptimizer already, or holds
             the flat parameters of FSDP1.
-        ValueError: A value is out of its range, or no group has a parameter.
+        ValueError: A value is out of its range.
 
     Example:
         >>> optimizer = EMAOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), decay=0.999)

@@ -204,6 +204,19 @@ def test_a_group_that_torch_accepts_is_accepted(group):
     assert same(*ends)
 
 
+# A rank of ZeRO may hold no parameter: where it raised, the other ranks waited for it.
+def test_an_optimizer_without_parameters_does_nothing_until_it_is_given_some():
+    optimizer, param = wrap(SGD([{"params": []}], lr=0.1)), leaf()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    with optimizer.swap_ema_weights():
+        assert not optimizer.swapped
+    assert optimizer.ema_metrics()["ema_updates"] == 0.0
+    optimizer.add_param_group({"params": [param]})
+    train([param], optimizer, 2)
+    assert int(optimizer.state[param]["ema_step"]) == 2
+
+
 @pytest.mark.parametrize(
     "group",
     [

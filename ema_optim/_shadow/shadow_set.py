@@ -393,7 +393,8 @@ class ShadowSet:
             )
 
     def _warn_of_nothing(self, groups: Sequence[Group]) -> None:
-        if "nothing" not in self.warned and any(g.get("ema_enabled", True) for g in groups):
+        wanted = any(group["params"] and group.get("ema_enabled", True) for group in groups)
+        if wanted and "nothing" not in self.warned:
             self.warned.add("nothing")
             warn(
                 "nothing was averaged at this step: no parameter requires a gradient, has one or "
