@@ -14,13 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .sharding import PLAIN
 
 
 def is_quantized(tensor: object) -> bool:
     """Whether the values of a tensor are known through a ``dequantize()`` of its class alone."""
     kind = type(tensor)
-    if kind in (Tensor, nn.Parameter):
+    if kind in PLAIN:
         return False
     # Every tensor inherits one, for torch's own quantized dtypes; a DTensor too.
     return isinstance(tensor, Tensor) and kind.dequantize is not Tensor.dequantize  # type: ignore[attr-defined]
@@ -28,7 +30,9 @@ def is_quantized(tensor: object) -> bool:
 
 def dense(tensor: Tensor) -> Tensor:
     """The values as a plain tensor; the tensor itself where it is one."""
-    return tensor.detach().dequantize() if is_quantized(tensor) else tensor
+    if type(tensor) in PLAIN or not is_quantized(tensor):
+        return tensor
+    return tensor.detach().dequantize()
 
 
 def dense_like(param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,6 +73,8 @@ def check_quantized(param: Tensor, part: Tensor) -> None:
         param: A parameter.
         part: What this rank holds of it.
     """
+    if type(param) in PLAIN:
+        return
     if part is not param and is_quantized(part):
         raise TypeError(
             f"quantized weights must not be spread over ranks, got a DTensor of "

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 _DTENSOR = "torch.distributed.tensor"
+# Tensors of these types are neither sharded nor quantized; nearly all are.
+PLAIN = frozenset({Tensor, nn.Parameter})
 
 # A device mesh, and for each of its dimensions whether tensors are split over it (else copied).
 Spread = tuple[Any, tuple[bool, ...]] | None
@@ -19,7 +21,7 @@ Spread = tuple[Any, tuple[bool, ...]] | None
 
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is a DTensor."""
-    if type(tensor) in (Tensor, nn.Parameter):
+    if type(tensor) in PLAIN:
         return False
     # Whoever made a DTensor has imported the module.
     module = sys.modules.get(_DTENSOR)
@@ -28,15 +30,21 @@ def is_sharded(tensor: object) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds, as a plain tensor of the same memory."""
+    if type(tensor) in PLAIN:
+        return tensor
     # Not to_local(): of a parameter it makes a new Parameter at every call.
     return tensor._local_tensor.detach() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """``local`` of each."""
-    if _DTENSOR not in sys.modules:
-        return list(tensors)
-    return [local(tensor) for tensor in tensors]
+    tensors = list(tensors)
+    return tensors if all_plain(tensors) else list(map(local, tensors))
+
+
+def all_plain(tensors: Iterable[object]) -> bool:
+    """Whether none of the tensors needs a look at its class."""
+    return PLAIN.issuperset(map(type, tensors))
 
 
 def local_parts(tensors: Sequence[Any]) -> list[Tensor]:
@@ -49,7 +57,7 @@ def local_parts(tensors: Sequence[Any]) -> list[Tensor]:
 
 def part_for(param: Tensor, value: Tensor) -> Tensor:
     """The part of ``value``, whole or spread like ``param``, that this rank keeps for ``param``."""
-    if not is_sharded(param) or is_sharded(value):
+    if type(param) in PLAIN or not is_sharded(param) or is_sharded(value):
         return local(value)
     from torch.distributed.tensor import distribute_tensor
 
@@ -127,7 +135,8 @@ def reshard(params: Iterable[Tensor], module: nn.Module | None = None) -> None:
     Raises:
         RuntimeError: They are not found, because this torch keeps them elsewhere.
     """
-    wanted = {id(param) for param in params if is_sharded(param)}
+    params = list(params)
+    wanted = set() if all_plain(params) else {id(p) for p in params if is_sharded(p)}
     if not wanted:
         return
     for owner in _owners(wanted) if module is None else fsdp_modules(module):
@@ -151,7 +160,9 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 def by_spread(params: Iterable[Tensor]) -> dict[Spread, list[Tensor]]:
     """Parameters by the ranks that their parts are spread over; None for plain tensors."""
-    groups: dict[Spread, list[Tensor]] = {}
+    params, groups = list(params), dict[Spread, list[Tensor]]()
+    if params and all_plain(params):
+        return {None: params}
     for param in params:
         groups.setdefault(_spread(param), []).append(param)
     return groups
