@@ -1,6 +1,7 @@
 """The shape of the package: names, imports, and that README and examples run."""
 
 import ast
+import doctest
 import importlib
 import os
 import re
@@ -186,6 +187,25 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         elif "lightning" in block:
             own = {"lightning": importlib.import_module("lightning")}
         exec(compile(block, "README.md", "exec"), own)
+
+
+EXAMPLES = {
+    f"{path.stem}:{test.name}": test
+    for path in MODULES
+    if ">>>" in path.read_text()
+    for test in doctest.DocTestFinder(exclude_empty=True).find(
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    )
+    if test.examples and test.filename == str(path)
+}
+
+
+@pytest.mark.filterwarnings("ignore:the EMA still holds")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_docstrings_run(name):
+    names = vars(ema_optim) | readme_names() | {"torch": torch}
+    for example in EXAMPLES[name].examples:
+        exec(compile(example.source, name, "exec"), names)
 
 
 def test_ci_runs_the_readmes_test_command():
