@@ -58,7 +58,7 @@ class EMAModel:
     Example:
         >>> ema = EMAModel(model, decay=0.999)
         >>> for batch in loader:
-        ...     train_step(batch)  # ends with optimizer.step()
+        ...     train_step(model, batch)  # ends with optimizer.step()
         ...     ema.update()
         >>> with ema.use_ema():
         ...     evaluate(model)
