@@ -89,6 +89,7 @@ class EMAOptimizer(SwappingOptimizer):
         self._ema = shadow
         shadow.source = optimizer
         self._view = StateView(optimizer, shadow)
+        shadow.given = list(map(layout.options_of, self.param_groups))
         self._mark_groups()
 
     @property
@@ -123,7 +124,8 @@ class EMAOptimizer(SwappingOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
-        self._resolve_pending()
+        if self._ema.held is None:  # else the model's file may still be to come
+            self._resolve_pending()
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -137,6 +139,7 @@ class EMAOptimizer(SwappingOptimizer):
         """
         check_new_group(param_group)
         self.inner.add_param_group(param_group)
+        self._ema.given.append(layout.options_of(self.param_groups[-1]))
         self._mark_groups()
 
     def compile(self, **torch_compile_kwargs: Any) -> None:
@@ -240,15 +243,19 @@ class EMAOptimizer(SwappingOptimizer):
         return report.metrics(self._ema, self.param_groups)
 
     def _state_dict(self) -> dict[str, Any]:
-        return layout.merge(self.inner.state_dict(), self.param_groups, self._ema)
+        inner = self.inner.state_dict()
+        if layout.is_torch_form(inner, self.param_groups):
+            return layout.merge(inner, self.param_groups, self._ema)
+        return layout.nested(inner, self.param_groups, self._ema)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state_dict = carry.uncarry(state_dict)
-        loaded = read.read(self._ema, self.param_groups, state_dict)
-        before = self.param_groups
-        self._load_inner(layout.split(state_dict)[0])
+        is_nested = layout.is_nested(state_dict)
+        merged = carry.uncarry(read.ema_part(state_dict) if is_nested else state_dict)
+        loaded = read.read(self._ema, self.param_groups, merged)
+        before = [dict(group) for group in self.param_groups]
+        self._load_inner(state_dict["inner"] if is_nested else layout.split(merged)[0])
         loaded.install(self._ema)
-        read.keep_options(self.param_groups, before, self._ema)
+        read.keep_options(self.param_groups, before, merged["param_groups"], self._ema)
         if loaded.cold and "cold" not in self._ema.warned:
             self._ema.warned.add("cold")
             warn("the checkpoint holds no EMA: it begins at the weights of the next step")

@@ -40,19 +40,23 @@ def uncarry(state_dict: Mapping[str, Any]) -> layout.StateDict:
         return dict(state_dict)
     if not is_carrying(state_dict["param_groups"]):
         return dict(state_dict)
+    read.check_form(state_dict)
     state, groups = dict(state_dict["state"]), []
-    for group in map(dict, state_dict["param_groups"]):
-        carried = group.pop(_ENTRIES, {"marks": {}, "params": [{}] * len(group["params"])})
-        for key, entry in zip(group["params"], carried["params"], strict=True):
-            if entry:
-                state[key] = {**state.get(key, {}), **entry}
-        groups.append({**group, **carried["marks"]})
+    for index, group in enumerate(map(dict, state_dict["param_groups"])):
+        carried = group.pop(_ENTRIES, None)
+        if carried is not None:
+            _check(carried, group["params"], f"param_groups[{index}]")
+            for key, entry in zip(group["params"], carried["params"], strict=True):
+                if entry:
+                    state[key] = {**_entries_of(state, key), **entry}
+            group.update(carried["marks"])
+        groups.append(group)
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 def is_carrying(groups: Sequence[Group]) -> bool:
     """Whether live param groups hold the EMA of a checkpoint."""
-    return any(_ENTRIES in group for group in groups)
+    return any(isinstance(group, Mapping) and _ENTRIES in group for group in groups)
 
 
 def carried_step(groups: Sequence[Group]) -> int | None:
@@ -76,3 +80,28 @@ def drop(groups: Sequence[Group]) -> None:
     """Forget what live param groups carry."""
     for group in groups:
         group.pop(_ENTRIES, None)
+
+
+def _check(carried: object, params: object, label: str) -> None:
+    parts = carried if isinstance(carried, Mapping) else {}
+    marks, entries = parts.get("marks"), parts.get("params")
+    whole = isinstance(marks, Mapping) and isinstance(entries, list) and isinstance(params, list)
+    if not whole or not all(isinstance(entry, Mapping) for entry in entries or ()):
+        raise TypeError(
+            f"{_ENTRIES} of {label} must hold 'marks' and a dict for each parameter in 'params', "
+            f"got {sorted(map(str, parts)) or type(carried)}: the checkpoint is damaged"
+        )
+    if len(entries or ()) != len(params):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{_ENTRIES} of {label} must have an entry for each of its parameters, got "
+            f"{len(entries or ())}: the checkpoint is damaged"
+        )
+    if not all(isinstance(key, (int, str)) for key in params):  # type: ignore[attr-defined]
+        raise TypeError(f"params of {label} must be a list of keys, got {params!r}: it is damaged")
+
+
+def _entries_of(state: Mapping[Any, Any], key: object) -> Mapping[str, Any]:
+    found = state.get(key, {})
+    if not isinstance(found, Mapping):
+        raise TypeError(f"state of parameter {key} must be a dict, got {type(found)}: it is damaged")
+    return found

@@ -9,19 +9,27 @@ are swapped in (``ema_swapped``), "ema" is what the slot holds. For an exchanged
 training weights; where the training weights are parked, "ema" stays the EMA, and "ema_weights"
 (ignored unless ``ema_swapped``) holds the training weights in their own dtype; quantized ones in
 their own class, which ``torch.load(weights_only=True)`` must be allowed as for the model's file.
+
+``ema_swapped`` is False, or a text that is not empty; the text of ``ema_format`` says which
+parameters have no EMA, and what the model held (see ``notes``). Of older files both are not known.
+
+An inner optimizer whose own dict has another form is nested: ``{"inner": its dict, "ema": the dict
+above without the inner's entries}``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._shadow.options import format_name
+from .._shadow.options import ema_format, format_name
+from .._shadow.pending import model_fingerprint
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Group
 from .._warnings import warn
+from .notes import Notes
 
 StateDict = dict[str, Any]
 
@@ -32,13 +40,28 @@ GROUP_MARKS = ("ema_step", "ema_swapped", "ema_format", "ema_global_step")
 
 
 def marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
-    """The entries that every param group carries."""
+    """The entries that every live param group carries."""
     dtype = group.get("ema_dtype")
     return {
         "ema_step": shadow.clock_of(group),
-        "ema_swapped": bool(shadow.swapped),
+        "ema_swapped": "swapped" if shadow.swapped else False,
         "ema_format": format_name(shadow.dtype if dtype is None else dtype),
     }
+
+
+def saved_marks(shadow: ShadowSet, group: Group, params: Sequence[Tensor]) -> dict[str, Any]:
+    """The entries of a param group in a checkpoint; ``params`` are those no earlier group has."""
+    live = marks(shadow, group)
+    wanted = shadow.dtype if group.get("ema_dtype") is None else group["ema_dtype"]
+    followed = {param: slot for param in params if (slot := shadow.find(param)) is not None}
+    # An exchange that is pending may have to be made before an EMA is in this run's format.
+    waits = shadow.mode == "pending" and any(
+        slot.format != ema_format(p.dtype, wanted) for p, slot in followed.items()
+    )
+    without = frozenset(i for i, p in enumerate(group["params"]) if shadow.find(p) is None)
+    name = "default" if waits else live["ema_format"]
+    notes = Notes(name, without, model_fingerprint(followed))
+    return {**live, "ema_format": notes.text()}
 
 
 def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
@@ -50,7 +73,7 @@ def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
     entries = {"ema": slot.ema, "ema_step": step}
     if slot.low is not None:
         entries["ema_low"] = slot.low
-    if shadow.parks(param, slot):
+    if slot.parked is not None or shadow.parks(param, slot):
         entries["ema_weights"] = shadow.weights_of(param)
     return entries
 
@@ -65,7 +88,8 @@ def merge(
     """
     shadow.look_at_memory()
     shadow.renew_placeholders()
-    keys = {param: key for _, param, key in packed_pairs(groups, packed["param_groups"])}
+    found = list(packed_pairs(groups, packed["param_groups"]))
+    keys = {pair.param: pair.key for pair in found}
     if not shadow.swapped.keys() <= keys.keys():
         raise RuntimeError(
             "state_dict() after parameters have left the param groups while swapped: their "
@@ -82,8 +106,17 @@ def merge(
                 entries["ema_weights"] = entries["ema_weights"].clone()
             _refuse_taken(state.get(key, {}), "the inner optimizer")
             state[key] = {**state.get(key, {}), **entries}
-    pairs = zip(groups, packed["param_groups"], strict=True)
-    marked = [{**saved, **marks(shadow, group)} for group, saved in pairs]
+    pairs = list(zip(groups, packed["param_groups"], strict=True))
+    if not may_be_swapped:
+        marked = [{**saved, **marks(shadow, group)} for group, saved in pairs]
+        return {**packed, "state": state, "param_groups": marked}
+    unique: list[list[Tensor]] = [[] for _ in groups]
+    for pair in found:
+        unique[pair.group].append(pair.param)
+    marked = [
+        {**saved, **saved_marks(shadow, group, own)}
+        for (group, saved), own in zip(pairs, unique, strict=True)
+    ]
     return {**packed, "state": state, "param_groups": marked}
 
 
@@ -149,17 +182,62 @@ def _taken(entry: object) -> list[str]:
     return [key for key in STATE_KEYS if key in entry] if isinstance(entry, dict) else []
 
 
-def packed_pairs(
-    groups: Sequence[Group], saved: Sequence[Group]
-) -> Iterator[tuple[Group, Tensor, Any]]:
-    """Unique parameters with their saved group and packed key."""
+class Pair(NamedTuple):
+    """A parameter, its key in a checkpoint, and where it is in the param groups."""
+
+    param: Tensor
+    key: Any
+    group: int
+    position: int
+
+
+def packed_pairs(groups: Sequence[Group], saved: Sequence[Group]) -> Iterator[Pair]:
+    """Unique parameters with their packed keys."""
     seen: set[Tensor] = set()
-    for group, packed in zip(groups, saved, strict=True):
-        options = {key: group[key] for key in GROUP_OPTIONS if key in group}
-        for param, key in zip(group["params"], packed["params"], strict=True):
+    for index, (group, packed) in enumerate(zip(groups, saved, strict=True)):
+        for position, param in enumerate(group["params"]):
             if param not in seen:
                 seen.add(param)
-                yield {**options, **packed}, param, key
+                yield Pair(param, packed["params"][position], index, position)
+
+
+def options_of(group: Group) -> Group:
+    """A group's own EMA options."""
+    return {key: group[key] for key in GROUP_OPTIONS if key in group}
+
+
+def is_torch_form(state_dict: object, groups: Sequence[Group]) -> bool:
+    """Whether an optimizer's own dict has torch's form, so that the EMA can be merged into it."""
+    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
+        return False
+    saved = state_dict.get("param_groups")
+    if not isinstance(saved, list) or len(saved) != len(groups):
+        return False
+    pairs = zip(saved, groups, strict=True)
+    return all(len(group.get("params", ())) == len(live["params"]) for group, live in pairs)
+
+
+def nested(inner: Any, groups: Sequence[Group], shadow: ShadowSet) -> StateDict:
+    """A checkpoint of an inner optimizer whose own dict has another form."""
+    return {"inner": inner, "ema": merge(bare(groups), groups, shadow)}
+
+
+def bare(groups: Sequence[Group]) -> StateDict:
+    """The dict of an optimizer of these groups that keeps nothing."""
+    numbers: dict[Tensor, int] = {}
+    packed = [
+        {
+            **options_of(group),
+            "params": [numbers.setdefault(param, len(numbers)) for param in group["params"]],
+        }
+        for group in groups
+    ]
+    return {"state": {}, "param_groups": packed}
+
+
+def is_nested(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is one of ``nested``."""
+    return set(state_dict) == {"inner", "ema"}
 
 
 def _is_empty(value: object) -> bool:

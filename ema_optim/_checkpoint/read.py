@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .._arithmetic.formats import FORMATS, format_of
-from .._engines.quantized import copy_like
+from .._engines.quantized import copy_like, is_quantized
 from .._shadow.options import check_low, check_options, check_tensor, format_name
 from .._shadow.shadow_set import ShadowSet, no_autograd
 from .._shadow.slots import Group, Slot
-from .layout import GROUP_OPTIONS, StateDict, marks, packed_pairs, split
+from .._shadow.pending import Held, held
+from .layout import Pair, StateDict, marks, options_of, packed_pairs, split
+from .notes import Notes, parse
 
 
 @dataclass(eq=False)
@@ -27,6 +29,7 @@ class Loaded:
             placeholder was saved it equals the weights, and nothing changes.
         cold: Whether the checkpoint is of a trained optimizer but holds no average.
         trainer_step: The trainer's step at which it was saved, where a trainer has noted it.
+        held: What the model held then, as far as the checkpoint tells.
     """
 
     slots: dict[Tensor, Slot]
@@ -34,13 +37,14 @@ class Loaded:
     swapped: bool = False
     cold: bool = False
     trainer_step: int | None = None
+    held: Held | None = None
 
     def install(self, shadow: ShadowSet) -> None:
         """Replace the shadow set's EMA; what was swapped in before is forgotten."""
         shadow.clear()
         shadow.slots, shadow.step = self.slots, self.step
         shadow.swapped = dict(self.slots) if self.swapped else {}
-        shadow.trainer_step = self.trainer_step
+        shadow.trainer_step, shadow.held = self.trainer_step, self.held
         shadow.mode = "pending" if shadow.swapped else "train"
 
 
@@ -52,17 +56,20 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
             parameter.
     """
     check_form(state_dict)
-    _check_groups(groups, state_dict["param_groups"])
+    saved = state_dict["param_groups"]
+    notes = _check_groups(groups, saved)
+    pairs = list(packed_pairs(groups, saved))
+    _check_states(groups, pairs, state_dict["state"])
     inner, own = split(state_dict)
-    swapped = any(bool(group.get("ema_swapped")) for group in state_dict["param_groups"])
-    inner["param_groups"] = state_dict["param_groups"]  # with the marks
-    entries, missing = _find_entries(groups, inner, own, swapped)
-    if missing and (swapped or entries):
-        raise ValueError(
-            f"ema of {missing[0]} must be in the checkpoint like that of the other parameters, "
-            "got none: the checkpoint is damaged. To go on without, load "
-            "strip_ema_state_dict(checkpoint): the EMA then starts anew"
-        )
+    swapped = any(bool(group.get("ema_swapped")) for group in saved)
+    given = [_given(shadow, index) for index in range(len(groups))]
+    options = [
+        {**options_of(group), **packed, **mine, "ema_format": note.format}
+        for group, packed, mine, note in zip(groups, saved, given, notes, strict=True)
+    ]
+    entries, missing = _find_entries(groups, pairs, options, inner, own, swapped)
+    if swapped or entries:
+        _check_missing(groups, pairs, missing, own, notes)
     if not swapped and not any(e.count for e in entries) and any(inner["state"].values()):
         # Nothing was averaged. A clock without averages would only be that of disabled groups.
         cold = bool(missing or entries)
@@ -72,17 +79,32 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
         entry.param: entry.slot(shadow, step if entry.clock is None else entry.clock, swapped)
         for entry in entries
     }
-    noted = [g["ema_global_step"] for g in state_dict["param_groups"] if "ema_global_step" in g]
-    return Loaded(slots, step, swapped, trainer_step=max(noted, default=None))
+    noted = [_count(g["ema_global_step"], "a param group") for g in saved if _STEP in g]
+    known = held(_texts(pairs, slots, notes))
+    return Loaded(slots, step, swapped, trainer_step=max(noted, default=None), held=known)
 
 
-def keep_options(groups: Sequence[Group], before: Sequence[Group], shadow: ShadowSet) -> None:
-    """Give freshly loaded groups the EMA options that the checkpoint did not know."""
-    for group, old in zip(groups, before, strict=True):
-        for key in GROUP_OPTIONS:
-            if key in old:
-                group.setdefault(key, old[key])
+def keep_options(
+    groups: Sequence[Group], before: Sequence[Group], saved: Sequence[Group], shadow: ShadowSet
+) -> None:
+    """Give freshly loaded groups the EMA options that go before the checkpoint's.
+
+    What a group was given when it was wrapped or added wins; what was set on it later is kept where
+    the checkpoint does not know it.
+    """
+    for index, (group, old, new) in enumerate(zip(groups, before, saved, strict=True)):
+        group.update({**options_of(old), **options_of(new), **_given(shadow, index)})
         group.update(marks(shadow, group))
+
+
+def _given(shadow: ShadowSet, index: int) -> Group:
+    return shadow.given[index] if index < len(shadow.given) else {}
+
+
+def ema_part(state_dict: Mapping[str, Any]) -> StateDict:
+    """The EMA's dict of a nested checkpoint."""
+    check_form(state_dict["ema"])
+    return dict(state_dict["ema"])
 
 
 def check_form(state_dict: Mapping[str, Any]) -> None:
@@ -95,6 +117,9 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
             "state_dict must have 'state' and 'param_groups' as an optimizer's has, got "
             f"{sorted(map(str, parts))[:5] or type(state_dict)}: it is no optimizer's checkpoint"
         )
+
+
+_STEP = "ema_global_step"
 
 
 class _Entry:
@@ -123,41 +148,87 @@ class _Entry:
                 f"{self.count}: the checkpoint is damaged"
             )
         updates, share = shadow.counter_at(self.count, step, self.decay)
-        parts = self.saved["ema"], self.saved.get("ema_low")
-        slot = shadow.slot_of(self.param, parts, self.dtype)
+        if swapped and "ema_weights" not in self.saved:
+            slot = self._exchanged(shadow)
+        else:
+            parts = self.saved["ema"], self.saved.get("ema_low")
+            slot = shadow.slot_of(self.param, parts, self.dtype)
+            if swapped:
+                with no_autograd():
+                    slot.parked = copy_like(self.param, self.saved["ema_weights"])
         slot.set_counts(step, updates, share)
-        if swapped:
-            with no_autograd():
-                slot.parked = self._parked(shadow, slot)
         return slot
 
-    def _parked(self, shadow: ShadowSet, slot: Slot) -> Tensor | None:
-        if "ema_weights" in self.saved:
-            return copy_like(self.param, self.saved["ema_weights"])
-        if shadow.parks(self.param, slot):
-            raise ValueError(
-                f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "
-                "none: load it into a model like the one it was saved from, call train() and save "
-                "again"
-            )
-        return None
+    def _exchanged(self, shadow: ShadowSet) -> Slot:
+        """The training weights, which change places with the EMA in whatever format this run has.
+
+        The EMA is in the model, whose file may be loaded later: only then can it be converted.
+        """
+        param, saved = self.param, self.saved["ema"]
+        alike = saved.dtype == param.dtype and "ema_low" not in self.saved
+        if alike and not is_quantized(param):
+            kept = None if param.is_complex() else param.dtype
+            slot = shadow.slot_of(param, (saved, None), kept)
+            if not shadow.parks(param, slot):
+                return slot
+        raise ValueError(
+            f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "
+            "none: load it into a model like the one it was saved from, call train() and save "
+            "again"
+        )
 
 
 def _find_entries(
-    groups: Sequence[Group], inner: StateDict, own: dict[Any, StateDict], swapped: bool
-) -> tuple[list[_Entry], list[str]]:
-    """The EMA's entries, and the labels of parameters that lack theirs."""
+    groups: Sequence[Group],
+    pairs: Sequence[Pair],
+    options: Sequence[Group],
+    inner: StateDict,
+    own: dict[Any, StateDict],
+    swapped: bool,
+) -> tuple[list[_Entry], list[Pair]]:
+    """The EMA's entries, and the parameters that lack theirs."""
     if own and all(_is_cast(entry.get("ema_step")) for entry in own.values()):
         own = {}
     entries, missing = [], []
-    for options, param, key in packed_pairs(groups, inner["param_groups"]):
-        enabled = options.get("ema_enabled", True)
-        if key in own and (enabled or swapped):
-            label = _label(groups, param)
-            entries.append(_Entry(param, own[key], options, label))
-        elif enabled and param.requires_grad and inner["state"].get(key):
-            missing.append(_label(groups, param))
+    for pair in pairs:
+        mine = options[pair.group]
+        enabled = mine.get("ema_enabled", True)
+        if pair.key in own and (enabled or swapped):
+            entries.append(_Entry(pair.param, own[pair.key], mine, _label(groups, pair)))
+        elif enabled and pair.param.requires_grad and inner["state"].get(pair.key):
+            missing.append(pair)
     return entries, missing
+
+
+def _check_missing(
+    groups: Sequence[Group],
+    pairs: Sequence[Pair],
+    missing: Sequence[Pair],
+    own: dict[Any, StateDict],
+    notes: Sequence[Notes],
+) -> None:
+    """Raise ValueError for an EMA that is lost, not for one that never was."""
+    listed = {(i, position) for i, note in enumerate(notes) for position in note.without or ()}
+    lost = [pair for pair in missing if (pair.group, pair.position) not in listed]
+    # Names in another order (a distributed load goes by name): then only their number is known.
+    moved = any((p.group, p.position) in listed and p.key in own for p in pairs)
+    if lost and not (moved and len(missing) <= len(listed)):
+        raise ValueError(
+            f"ema of {_label(groups, lost[0])} must be in the checkpoint like that of the other "
+            "parameters, got none: the checkpoint is damaged. To go on without, load "
+            "strip_ema_state_dict(checkpoint): the EMA then starts anew"
+        )
+
+
+def _texts(
+    pairs: Sequence[Pair], slots: Mapping[Tensor, Slot], notes: Sequence[Notes]
+) -> list[tuple[list[Tensor], str | None]]:
+    """By group the parameters that have an EMA, and the fingerprint of what they held."""
+    params: list[list[Tensor]] = [[] for _ in notes]
+    for pair in pairs:
+        if pair.param in slots:
+            params[pair.group].append(pair.param)
+    return [(own, note.model) for own, note in zip(params, notes, strict=True)]
 
 
 def _clock(state_dict: Mapping[str, Any], entries: Sequence[_Entry]) -> int:
@@ -166,36 +237,57 @@ def _clock(state_dict: Mapping[str, Any], entries: Sequence[_Entry]) -> int:
     return max(counts or [entry.count for entry in entries], default=0)
 
 
-def _label(groups: Sequence[Group], param: Tensor) -> str:
-    for index, group in enumerate(groups):
-        for position, other in enumerate(group["params"]):
-            if other is param:
-                names = group.get("param_names")
-                return names[position] if names else f"param_groups[{index}]['params'][{position}]"
-    raise KeyError("the parameter is in no param group")
+def _label(groups: Sequence[Group], pair: Pair) -> str:
+    names = groups[pair.group].get("param_names")
+    if names:
+        return str(names[pair.position])
+    return f"param_groups[{pair.group}]['params'][{pair.position}]"
 
 
-def _check_groups(groups: Sequence[Group], saved: Sequence[Group]) -> None:
+def _check_groups(groups: Sequence[Group], saved: Sequence[Group]) -> list[Notes]:
     if len(saved) != len(groups):
         raise ValueError(
             f"the checkpoint must have {len(groups)} param groups like the optimizer, got "
             f"{len(saved)}: build the optimizer as it was when it was saved"
         )
-    for index, (group, packed) in enumerate(zip(groups, saved, strict=True)):
+    pairs = enumerate(zip(groups, saved, strict=True))
+    return [_check_group(f"param_groups[{i}]", group, packed) for i, (group, packed) in pairs]
+
+
+def _check_group(label: str, group: Group, packed: Group) -> Notes:
+    params, swapped = packed["params"], packed.get("ema_swapped", False)
+    if not isinstance(params, (list, tuple)) or not all(isinstance(k, (int, str)) for k in params):
+        raise TypeError(f"params of {label} must be a list of keys, got {params!r}: it is damaged")
+    if len(params) != len(group["params"]):
+        raise ValueError(
+            f"{label} of the checkpoint must have {len(group['params'])} parameters like the "
+            f"optimizer's, got {len(params)}"
+        )
+    if not isinstance(swapped, (bool, str)):
+        raise TypeError(f"ema_swapped of {label} must be False or a text, got {swapped!r}")
+    try:
         check_options(packed)
-        if len(packed["params"]) != len(group["params"]):
-            raise ValueError(
-                f"param_groups[{index}] of the checkpoint must have {len(group['params'])} "
-                f"parameters like the optimizer's, got {len(packed['params'])}"
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label} of the checkpoint: {error}") from None
+    return parse(packed.get("ema_format"), label)
+
+
+def _check_states(
+    groups: Sequence[Group], pairs: Sequence[Pair], state: Mapping[Any, Any]
+) -> None:
+    for pair in pairs:
+        if not isinstance(found := state.get(pair.key, {}), Mapping):
+            raise TypeError(
+                f"state of {_label(groups, pair)} must be a dict, got {type(found)}: it is damaged"
             )
 
 
 def _count(value: object, label: str) -> int:
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+    if isinstance(value, torch.Tensor) and not value.is_meta and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 2**62:
         raise ValueError(
-            f"ema_step of {label} must be a count (an integer, 0 or more), got {value!r}: the "
+            f"ema_step of {label} must be a count (an integer from 0 to 2**62), got {value!r}: the "
             "checkpoint is damaged"
         )
     return value

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .carry import uncarry
-from .layout import GROUP_MARKS, GROUP_OPTIONS, STATE_KEYS, split
+from .layout import GROUP_MARKS, GROUP_OPTIONS, STATE_KEYS, is_nested, split
 
 _FLAT = ("state.", "param_groups.")
 
@@ -12,8 +12,8 @@ _FLAT = ("state.", "param_groups.")
 def strip_ema_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The same checkpoint without the EMA, for the inner optimizer alone.
 
-    Takes torch's form (state by index), the form keyed by parameter names and the flattened form
-    of distributed checkpoints. The argument is not changed; tensors are shared, not copied.
+    Takes torch's form (state by index), the form keyed by parameter names, the flattened form of
+    distributed checkpoints and the nested one of inner optimizers with a form of their own. The argument is not changed; tensors are shared, not copied.
 
     Args:
         state_dict: What ``EMAOptimizer.state_dict()`` or ``get_optimizer_state_dict`` returned.
@@ -25,8 +25,11 @@ def strip_ema_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: The checkpoint was written while the EMA weights were swapped in: the model
             saved with it holds the EMA weights, and what is stripped here would be the training
             weights.
-        TypeError: It is in none of the three forms.
+        TypeError: It is in none of these forms.
     """
+    if is_nested(state_dict):
+        strip_ema_state_dict(state_dict["ema"])  # raises
+        return dict(state_dict["inner"])
     if "state" in state_dict and "param_groups" in state_dict:
         _refuse_swapped(any(group.get("ema_swapped") for group in state_dict["param_groups"]))
         inner, _ = split(uncarry(state_dict))

@@ -78,6 +78,7 @@ def load_ema_state(
     for name, param in targets.items():
         slots[param] = _loaded_slot(shadow, param, found[name], dtypes.get(param))
     shadow.forget_lanes()
+    shadow.held = None  # an EMA of another source says nothing of the model's file
     shadow.slots.update(slots)
     shadow.step = max(shadow.step, shadow.update_after_step + 1)
 

@@ -96,6 +96,7 @@ def check_tensor(what: str, value: object, param: Tensor) -> None:
     """Raise TypeError or ValueError for a value that cannot be the EMA of ``param``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{what} must be a tensor, got {value!r}")
+    _check_dense(what, value)
     floats = value.is_floating_point() or value.is_complex()
     if not floats or value.shape != param.shape or value.is_complex() != param.is_complex():
         raise ValueError(
@@ -105,11 +106,18 @@ def check_tensor(what: str, value: object, param: Tensor) -> None:
     check_layout(what, value, param)
 
 
+def _check_dense(what: str, value: Tensor) -> None:
+    if value.is_meta or value.layout != torch.strided:
+        where = "one on meta" if value.is_meta else f"{value.layout}"
+        raise ValueError(f"{what} must be a dense tensor with values, got {where}: it is damaged")
+
+
 def check_low(what: str, low: object, param: Tensor) -> None:
     """Raise ValueError for a value that cannot be the low-order part of the EMA of ``param``."""
     kinds = [format.low for format in FORMATS.values() if format.low]
     if not isinstance(low, torch.Tensor):
         raise TypeError(f"{what} must be a tensor, got {low!r}")
+    _check_dense(what, low)
     if low.dtype not in kinds or low.shape != param.shape:
         got = tuple(low.shape), low.dtype
         raise ValueError(

@@ -82,6 +82,8 @@ class ShadowSet:
         self.dry = False  # whether the inner optimizer has made a step that moved nothing
         self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
         self.warned: set[str] = set()
+        self.held: Any = None  # what the model held when what was loaded was saved, see pending
+        self.given: list[Group] = []  # the options that each group had when wrapped or added
         self.compiled: Any = None  # what stands in for the inner step after compile()
         self._lanes: OrderedDict[tuple[int, int], Lane] = OrderedDict()
         self._uses = 0  # steps over all lanes

@@ -18,6 +18,7 @@ from .._arithmetic.average import Exchange, copy_, non_finite
 from .._engines.quantized import dense, is_quantized, write_
 from .._engines.sharding import holds_on_all_ranks, local, locals_of, reshard
 from ..schedules import decay_factor
+from . import pending
 from .shadow_set import ShadowSet, no_autograd
 from .slots import Group, Slot
 from .store import read_
@@ -87,6 +88,7 @@ def leave_block(shadow: ShadowSet) -> None:
 
 def apply(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     """Make the EMA weights the training weights, one way, inside a swap or outside."""
+    shadow.held = None  # what the model holds from here on is meant
     with no_autograd():
         if not shadow.swapped:
             counted = shadow.counted(groups)
@@ -104,20 +106,22 @@ def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     """Finish the load of a checkpoint that was written while swapped.
 
     Raises:
-        RuntimeError: The model holds the training weights already: it was saved in another mode
-            than the optimizer, and the EMA is in neither file.
+        RuntimeError: The model does not hold what it held when the checkpoint was written.
     """
     if shadow.mode != "pending":
         return
+    pending.check_model(shadow)
     exchanged = [slot for slot in shadow.swapped.values() if slot.parked is None]
-    if exchanged and _all_equal(shadow.swapped) and not _forgets_all(shadow, groups):
+    if shadow.held is None and exchanged and _all_equal(shadow.swapped) and not _forgets_all(shadow, groups):
         raise RuntimeError(
             "the optimizer's checkpoint was written while the EMA weights were swapped in, the "
             "model's was not: the EMA is in neither. Load the model's state dict of the same "
             "moment; or start a new EMA: remove the 'ema*' entries from the optimizer's checkpoint"
         )
     swap_out(shadow)
+    pending.finish_formats(shadow, groups)
     shadow.mode = "train"
+    shadow.held = None
 
 
 def refuse_swapped(shadow: ShadowSet, what: str, also_after_eval: bool = True) -> None:
@@ -131,6 +135,8 @@ def refuse_swapped(shadow: ShadowSet, what: str, also_after_eval: bool = True) -
 def check_can_step(shadow: ShadowSet, groups: Sequence[Group], has_closure: bool) -> None:
     """Raise RuntimeError where a step would be made at, or away from, the EMA weights."""
     refuse_swapped(shadow, "step()")
+    pending.check_model(shadow)
+    pending.check_first_step(shadow)
     if shadow.swapped and shadow.mode == "train":
         raise RuntimeError("step() with the EMA weights still in: call optimizer.train() first")
     if shadow.mode != "pending" or has_closure:
