@@ -4,11 +4,13 @@ import copy
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
+from ._checkpoint.nested import check_served
 from ._engines.sharding import refuse_flat
 from ._shadow.options import check_options
 from ._shadow.slots import Group
@@ -190,7 +192,9 @@ class ForwardingOptimizer(Optimizer):
             self.inner.load_state_dict(state_dict)
         except BaseException:
             # Torch replaces both before a subclass looks into them and may refuse.
-            self.inner.state, self.inner.param_groups = before
+            for name, value in zip(("state", "param_groups"), before, strict=True):
+                with suppress(AttributeError):  # a wrapper may only show those of another
+                    setattr(self.inner, name, value)
             raise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,6 +220,7 @@ def check_inner(optimizer: Optimizer) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
     if isinstance(optimizer, ForwardingOptimizer):
         raise TypeError("optimizer must not be an EMAOptimizer already, got one: use that one")
+    check_served(optimizer)
     for group in optimizer.param_groups:
         check_options(group)
         refuse_flat(group["params"])

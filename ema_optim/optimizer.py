@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._arithmetic.formats import EMADtype
-from ._checkpoint import carry, layout, read
+from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
 from ._forwarding import check_inner, check_new_group, ema_class, inner_step
 from ._shadow import names, report, swap
@@ -244,19 +244,19 @@ class EMAOptimizer(SwappingOptimizer):
 
     def _state_dict(self) -> dict[str, Any]:
         inner = self.inner.state_dict()
-        if layout.is_torch_form(inner, self.param_groups):
+        if nested.is_torch_form(inner, self.param_groups):
             return layout.merge(inner, self.param_groups, self._ema)
-        return layout.nested(inner, self.param_groups, self._ema)
+        return nested.nest(inner, self.param_groups, self._ema)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        is_nested = layout.is_nested(state_dict)
-        merged = carry.uncarry(read.ema_part(state_dict) if is_nested else state_dict)
+        own, merged = nested.parts(state_dict, self.inner, self.param_groups)
+        merged = carry.uncarry(merged)
         loaded = read.read(self._ema, self.param_groups, merged)
         before = [dict(group) for group in self.param_groups]
-        self._load_inner(state_dict["inner"] if is_nested else layout.split(merged)[0])
+        self._load_inner(layout.split(merged)[0] if own is None else own)
         loaded.install(self._ema)
         read.keep_options(self.param_groups, before, merged["param_groups"], self._ema)
-        if loaded.cold and "cold" not in self._ema.warned:
+        if (loaded.cold or own is state_dict) and "cold" not in self._ema.warned:
             self._ema.warned.add("cold")
             warn("the checkpoint holds no EMA: it begins at the weights of the next step")
 

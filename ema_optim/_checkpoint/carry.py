@@ -36,11 +36,9 @@ def carry(state_dict: layout.StateDict) -> layout.StateDict:
 
 def uncarry(state_dict: Mapping[str, Any]) -> layout.StateDict:
     """The inverse of ``carry``; any other checkpoint stays as it is."""
-    if not isinstance(state_dict.get("param_groups"), list):
-        return dict(state_dict)
+    read.check_form(state_dict)
     if not is_carrying(state_dict["param_groups"]):
         return dict(state_dict)
-    read.check_form(state_dict)
     state, groups = dict(state_dict["state"]), []
     for index, group in enumerate(map(dict, state_dict["param_groups"])):
         carried = group.pop(_ENTRIES, None)
@@ -103,5 +101,7 @@ def _check(carried: object, params: object, label: str) -> None:
 def _entries_of(state: Mapping[Any, Any], key: object) -> Mapping[str, Any]:
     found = state.get(key, {})
     if not isinstance(found, Mapping):
-        raise TypeError(f"state of parameter {key} must be a dict, got {type(found)}: it is damaged")
+        raise TypeError(
+            f"state of parameter {key} must be a dict, got {type(found)}: it is damaged"
+        )
     return found

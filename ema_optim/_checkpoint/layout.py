@@ -13,8 +13,7 @@ their own class, which ``torch.load(weights_only=True)`` must be allowed as for 
 ``ema_swapped`` is False, or a text that is not empty; the text of ``ema_format`` says which
 parameters have no EMA, and what the model held (see ``notes``). Of older files both are not known.
 
-An inner optimizer whose own dict has another form is nested: ``{"inner": its dict, "ema": the dict
-above without the inner's entries}``.
+The dicts of inner optimizers that have another form are nested, see ``nested``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._shadow.options import ema_format, format_name
+from .._arithmetic.formats import FORMATS
+from .._shadow.options import format_name
 from .._shadow.pending import model_fingerprint
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Group
@@ -52,14 +52,13 @@ def marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
 def saved_marks(shadow: ShadowSet, group: Group, params: Sequence[Tensor]) -> dict[str, Any]:
     """The entries of a param group in a checkpoint; ``params`` are those no earlier group has."""
     live = marks(shadow, group)
-    wanted = shadow.dtype if group.get("ema_dtype") is None else group["ema_dtype"]
     followed = {param: slot for param in params if (slot := shadow.find(param)) is not None}
-    # An exchange that is pending may have to be made before an EMA is in this run's format.
-    waits = shadow.mode == "pending" and any(
-        slot.format != ema_format(p.dtype, wanted) for p, slot in followed.items()
-    )
     without = frozenset(i for i, p in enumerate(group["params"]) if shadow.find(p) is None)
-    name = "default" if waits else live["ema_format"]
+    name = live["ema_format"]
+    if shadow.mode == "pending":  # in the format of the checkpoint that was loaded
+        found = {format: format_name(dtype) for dtype, format in FORMATS.items()}
+        formats = [found[s.format] for s in followed.values() if s.format in found]
+        name = formats[0] if formats else "default"
     notes = Notes(name, without, model_fingerprint(followed))
     return {**live, "ema_format": notes.text()}
 
@@ -204,40 +203,6 @@ def packed_pairs(groups: Sequence[Group], saved: Sequence[Group]) -> Iterator[Pa
 def options_of(group: Group) -> Group:
     """A group's own EMA options."""
     return {key: group[key] for key in GROUP_OPTIONS if key in group}
-
-
-def is_torch_form(state_dict: object, groups: Sequence[Group]) -> bool:
-    """Whether an optimizer's own dict has torch's form, so that the EMA can be merged into it."""
-    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
-        return False
-    saved = state_dict.get("param_groups")
-    if not isinstance(saved, list) or len(saved) != len(groups):
-        return False
-    pairs = zip(saved, groups, strict=True)
-    return all(len(group.get("params", ())) == len(live["params"]) for group, live in pairs)
-
-
-def nested(inner: Any, groups: Sequence[Group], shadow: ShadowSet) -> StateDict:
-    """A checkpoint of an inner optimizer whose own dict has another form."""
-    return {"inner": inner, "ema": merge(bare(groups), groups, shadow)}
-
-
-def bare(groups: Sequence[Group]) -> StateDict:
-    """The dict of an optimizer of these groups that keeps nothing."""
-    numbers: dict[Tensor, int] = {}
-    packed = [
-        {
-            **options_of(group),
-            "params": [numbers.setdefault(param, len(numbers)) for param in group["params"]],
-        }
-        for group in groups
-    ]
-    return {"state": {}, "param_groups": packed}
-
-
-def is_nested(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is one of ``nested``."""
-    return set(state_dict) == {"inner", "ema"}
 
 
 def _is_empty(value: object) -> bool:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .._arithmetic.formats import FORMATS, format_of
-from .._engines.quantized import copy_like, is_quantized
+from .._engines.quantized import copy_like
 from .._shadow.options import check_low, check_options, check_tensor, format_name
+from .._shadow.pending import Held, held
 from .._shadow.shadow_set import ShadowSet, no_autograd
 from .._shadow.slots import Group, Slot
-from .._shadow.pending import Held, held
+from .._shadow.store import Parts, restored
 from .layout import Pair, StateDict, marks, options_of, packed_pairs, split
 from .notes import Notes, parse
 
@@ -101,12 +102,6 @@ def _given(shadow: ShadowSet, index: int) -> Group:
     return shadow.given[index] if index < len(shadow.given) else {}
 
 
-def ema_part(state_dict: Mapping[str, Any]) -> StateDict:
-    """The EMA's dict of a nested checkpoint."""
-    check_form(state_dict["ema"])
-    return dict(state_dict["ema"])
-
-
 def check_form(state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError for what is no optimizer checkpoint at all."""
     parts = state_dict if isinstance(state_dict, Mapping) else {}
@@ -148,34 +143,32 @@ class _Entry:
                 f"{self.count}: the checkpoint is damaged"
             )
         updates, share = shadow.counter_at(self.count, step, self.decay)
-        if swapped and "ema_weights" not in self.saved:
-            slot = self._exchanged(shadow)
+        parts = self.saved["ema"], self.saved.get("ema_low")
+        if swapped:
+            slot = self._exchanged(shadow, parts)
         else:
-            parts = self.saved["ema"], self.saved.get("ema_low")
             slot = shadow.slot_of(self.param, parts, self.dtype)
-            if swapped:
-                with no_autograd():
-                    slot.parked = copy_like(self.param, self.saved["ema_weights"])
         slot.set_counts(step, updates, share)
         return slot
 
-    def _exchanged(self, shadow: ShadowSet) -> Slot:
-        """The training weights, which change places with the EMA in whatever format this run has.
+    def _exchanged(self, shadow: ShadowSet, parts: Parts) -> Slot:
+        """What is exchanged back in the format in which it was saved, and converted only then.
 
-        The EMA is in the model, whose file may be loaded later: only then can it be converted.
+        An EMA that is in the model cannot be converted before: the model's file may come later.
         """
-        param, saved = self.param, self.saved["ema"]
-        alike = saved.dtype == param.dtype and "ema_low" not in self.saved
-        if alike and not is_quantized(param):
-            kept = None if param.is_complex() else param.dtype
-            slot = shadow.slot_of(param, (saved, None), kept)
-            if not shadow.parks(param, slot):
-                return slot
-        raise ValueError(
-            f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "
-            "none: load it into a model like the one it was saved from, call train() and save "
-            "again"
-        )
+        param, (main, low) = self.param, parts
+        format = format_of(main.dtype, None if low is None else low.dtype)
+        with no_autograd():
+            slot = Slot(*restored(param, parts, format))
+            if "ema_weights" in self.saved:
+                slot.parked = copy_like(param, self.saved["ema_weights"])
+        if slot.parked is None and shadow.parks(param, slot):
+            raise ValueError(
+                f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "
+                "none: load it into a model like the one it was saved from, call train() and save "
+                "again"
+            )
+        return slot
 
 
 def _find_entries(
@@ -272,9 +265,7 @@ def _check_group(label: str, group: Group, packed: Group) -> Notes:
     return parse(packed.get("ema_format"), label)
 
 
-def _check_states(
-    groups: Sequence[Group], pairs: Sequence[Pair], state: Mapping[Any, Any]
-) -> None:
+def _check_states(groups: Sequence[Group], pairs: Sequence[Pair], state: Mapping[Any, Any]) -> None:
     for pair in pairs:
         if not isinstance(found := state.get(pair.key, {}), Mapping):
             raise TypeError(

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .carry import uncarry
-from .layout import GROUP_MARKS, GROUP_OPTIONS, STATE_KEYS, is_nested, split
+from .layout import GROUP_MARKS, GROUP_OPTIONS, STATE_KEYS, split
+from .nested import is_nested
 
 _FLAT = ("state.", "param_groups.")
 
@@ -13,7 +14,8 @@ def strip_ema_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The same checkpoint without the EMA, for the inner optimizer alone.
 
     Takes torch's form (state by index), the form keyed by parameter names, the flattened form of
-    distributed checkpoints and the nested one of inner optimizers with a form of their own. The argument is not changed; tensors are shared, not copied.
+    distributed checkpoints, and the nested one of inner optimizers whose own dict has another form.
+    The argument is not changed; tensors are shared, not copied.
 
     Args:
         state_dict: What ``EMAOptimizer.state_dict()`` or ``get_optimizer_state_dict`` returned.
@@ -29,7 +31,7 @@ def strip_ema_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     if is_nested(state_dict):
         strip_ema_state_dict(state_dict["ema"])  # raises
-        return dict(state_dict["inner"])
+        return state_dict["inner"]  # type: ignore[no-any-return]
     if "state" in state_dict and "param_groups" in state_dict:
         _refuse_swapped(any(group.get("ema_swapped") for group in state_dict["param_groups"]))
         inner, _ = split(uncarry(state_dict))

@@ -112,7 +112,12 @@ def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
         return
     pending.check_model(shadow)
     exchanged = [slot for slot in shadow.swapped.values() if slot.parked is None]
-    if shadow.held is None and exchanged and _all_equal(shadow.swapped) and not _forgets_all(shadow, groups):
+    if (
+        shadow.held is None
+        and exchanged
+        and _all_equal(shadow.swapped)
+        and not _forgets_all(shadow, groups)
+    ):
         raise RuntimeError(
             "the optimizer's checkpoint was written while the EMA weights were swapped in, the "
             "model's was not: the EMA is in neither. Load the model's state dict of the same "
