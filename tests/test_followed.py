@@ -150,7 +150,9 @@ def test_clocks_of_groups_survive_a_checkpoint():
     for groups in ([whole[0]], [whole[0]], whole):
         optimizer.param_groups = groups
         optimizer.step()
-    _, _, again = two_groups(warmup_decay(0.9))
+    *params, again = two_groups(warmup_decay(0.9))
+    for param, value in zip(params, (first, second), strict=True):
+        param.data.copy_(value)
     again.load_state_dict(optimizer.state_dict())
     assert [group["ema_step"] for group in again.param_groups] == [3, 1]
     assert same(again.state_dict(), optimizer.state_dict())
