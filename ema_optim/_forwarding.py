@@ -190,11 +190,16 @@ class ForwardingOptimizer(Optimizer):
         before = self.inner.state, self.inner.param_groups
         try:
             self.inner.load_state_dict(state_dict)
-        except BaseException:
+        except BaseException as error:
             # Torch replaces both before a subclass looks into them and may refuse.
             for name, value in zip(("state", "param_groups"), before, strict=True):
                 with suppress(AttributeError):  # a wrapper may only show those of another
                     setattr(self.inner, name, value)
+            if isinstance(error, (KeyError, IndexError, AttributeError)):
+                raise ValueError(
+                    f"state_dict must have what {type(self.inner).__name__} needs, got one at "
+                    f"which it raises {error!r}: it is damaged, or another optimizer's"
+                ) from error
             raise
 
     def __getstate__(self) -> dict[str, Any]:

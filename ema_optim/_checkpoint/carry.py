@@ -36,9 +36,11 @@ def carry(state_dict: layout.StateDict) -> layout.StateDict:
 
 def uncarry(state_dict: Mapping[str, Any]) -> layout.StateDict:
     """The inverse of ``carry``; any other checkpoint stays as it is."""
-    read.check_form(state_dict)
+    if not isinstance(state_dict.get("param_groups"), list):
+        return dict(state_dict)
     if not is_carrying(state_dict["param_groups"]):
         return dict(state_dict)
+    read.check_form(state_dict)
     state, groups = dict(state_dict["state"]), []
     for index, group in enumerate(map(dict, state_dict["param_groups"])):
         carried = group.pop(_ENTRIES, None)

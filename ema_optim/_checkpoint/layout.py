@@ -49,7 +49,9 @@ def marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
     }
 
 
-def saved_marks(shadow: ShadowSet, group: Group, params: Sequence[Tensor]) -> dict[str, Any]:
+def saved_marks(
+    shadow: ShadowSet, index: int, group: Group, params: Sequence[Tensor]
+) -> dict[str, Any]:
     """The entries of a param group in a checkpoint; ``params`` are those no earlier group has."""
     live = marks(shadow, group)
     followed = {param: slot for param in params if (slot := shadow.find(param)) is not None}
@@ -59,7 +61,7 @@ def saved_marks(shadow: ShadowSet, group: Group, params: Sequence[Tensor]) -> di
         found = {format: format_name(dtype) for dtype, format in FORMATS.items()}
         formats = [found[s.format] for s in followed.values() if s.format in found]
         name = formats[0] if formats else "default"
-    notes = Notes(name, without, model_fingerprint(followed))
+    notes = Notes(name, without, model_fingerprint(shadow, index, followed))
     return {**live, "ema_format": notes.text()}
 
 
@@ -113,8 +115,8 @@ def merge(
     for pair in found:
         unique[pair.group].append(pair.param)
     marked = [
-        {**saved, **saved_marks(shadow, group, own)}
-        for (group, saved), own in zip(pairs, unique, strict=True)
+        {**saved, **saved_marks(shadow, index, group, own)}
+        for index, ((group, saved), own) in enumerate(zip(pairs, unique, strict=True))
     ]
     return {**packed, "state": state, "param_groups": marked}
 

@@ -80,7 +80,7 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
         entry.param: entry.slot(shadow, step if entry.clock is None else entry.clock, swapped)
         for entry in entries
     }
-    noted = [_count(g["ema_global_step"], "a param group") for g in saved if _STEP in g]
+    noted = _marked(state_dict, "ema_global_step")
     known = held(_texts(pairs, slots, notes))
     return Loaded(slots, step, swapped, trainer_step=max(noted, default=None), held=known)
 
@@ -114,9 +114,6 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
         )
 
 
-_STEP = "ema_global_step"
-
-
 class _Entry:
     """The EMA of one parameter as a checkpoint has it, checked."""
 
@@ -132,7 +129,7 @@ class _Entry:
         _check_format(saved, options.get("ema_format"), label)
         self.count = _count(saved["ema_step"], label)
         clock = options.get("ema_step")  # of its group; old checkpoints of EMAModel have none
-        self.clock = None if clock is None else _count(clock, "a param group")
+        self.clock = None if clock is None else _count(clock, f"the group of {label}")
         self.param, self.saved, self.label = param, saved, label
         self.decay, self.dtype = options.get("ema_decay"), options.get("ema_dtype")
 
@@ -225,9 +222,14 @@ def _texts(
 
 
 def _clock(state_dict: Mapping[str, Any], entries: Sequence[_Entry]) -> int:
-    marked = [g["ema_step"] for g in state_dict["param_groups"] if "ema_step" in g]
-    counts = [_count(mark, "a param group") for mark in marked]
+    counts = _marked(state_dict, "ema_step")
     return max(counts or [entry.count for entry in entries], default=0)
+
+
+def _marked(state_dict: Mapping[str, Any], mark: str) -> list[int]:
+    """The counts that param groups have under a mark."""
+    groups = enumerate(state_dict["param_groups"])
+    return [_count(g[mark], f"param_groups[{i}]", mark) for i, g in groups if mark in g]
 
 
 def _label(groups: Sequence[Group], pair: Pair) -> str:
@@ -273,12 +275,12 @@ def _check_states(groups: Sequence[Group], pairs: Sequence[Pair], state: Mapping
             )
 
 
-def _count(value: object, label: str) -> int:
+def _count(value: object, label: str, what: str = "ema_step") -> int:
     if isinstance(value, torch.Tensor) and not value.is_meta and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 2**62:
         raise ValueError(
-            f"ema_step of {label} must be a count (an integer from 0 to 2**62), got {value!r}: the "
+            f"{what} of {label} must be a count (an integer from 0 to 2**62), got {value!r}: the "
             "checkpoint is damaged"
         )
     return value

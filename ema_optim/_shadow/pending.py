@@ -23,18 +23,24 @@ from .store import read_, restored
 
 @dataclass(eq=False)
 class Held:
-    """Parameters and the fingerprint of what they held, by param group."""
+    """Parameters and the fingerprint of what they held, by the number of their param group."""
 
-    groups: list[tuple[list[Tensor], str]]
+    groups: dict[int, tuple[list[Tensor], str]]
 
     def fits(self) -> bool:
         """Whether the model holds that now."""
-        return all(model_fingerprint(params) == text for params, text in self.groups)
+        return all(fingerprint(params) == text for params, text in self.groups.values())
 
 
-def model_fingerprint(params: Iterable[Tensor]) -> str:
-    """The fingerprint of what parameters hold now; empty where nothing can be told."""
-    return fingerprint(_plain(params))
+def model_fingerprint(shadow: ShadowSet, index: int, params: Iterable[Tensor]) -> str:
+    """What a checkpoint written now says of the model; empty where nothing can be told.
+
+    Of a pending exchange what was loaded: the model's file may still be to come.
+    """
+    if shadow.mode != "pending":
+        return fingerprint(_plain(params))
+    known = shadow.held.groups if shadow.held is not None else {}
+    return known[index][1] if index in known else ""
 
 
 def held(groups: Iterable[tuple[list[Tensor], str | None]]) -> Held | None:
@@ -42,8 +48,8 @@ def held(groups: Iterable[tuple[list[Tensor], str | None]]) -> Held | None:
 
     Nothing can of parameters that were sharded, or of another dtype, or in other groups.
     """
-    told = [(_plain(params), text) for params, text in groups if text]
-    known = [(params, text) for params, text in told if kinds(text) == kinds_of(params)]
+    told = [(_plain(params), text or "") for params, text in groups]
+    known = {i: own for i, own in enumerate(told) if own[1] and kinds(own[1]) == kinds_of(own[0])}
     return Held(known) if known else None
 
 
@@ -90,7 +96,7 @@ def _plain(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _holds_ema(shadow: ShadowSet, held: Held) -> bool:
-    params = [param for params, _ in held.groups for param in params]
+    params = [param for params, _ in held.groups.values() for param in params]
     found = ((param, shadow.find(param)) for param in params)
     averaged = [(param, slot) for param, slot in found if slot is not None and slot.updates]
     for param, slot in averaged:
