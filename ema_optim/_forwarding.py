@@ -169,7 +169,8 @@ class ForwardingOptimizer(Optimizer):
             ValueError, TypeError: The checkpoint is damaged or another model's; the message names
                 the parameter. Nothing has changed then.
         """
-        state_dict = dict(state_dict)
+        if isinstance(state_dict, Mapping):  # that of a chain may be a list
+            state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             if (changed := pre_hook(self, state_dict)) is not None:
                 state_dict = changed

@@ -278,7 +278,10 @@ LABEL = r"param_groups\[0\]\['params'\]\[1\]"
         (edit(("param_groups", 0, "ema_enabled"), "no"), "ema_enabled must be True or False"),
         (edit(("state", 1, "ema_step"), torch.zeros(2).long()), f"ema_step of {LABEL} .* count"),
         (edit(("state", 1, "ema_step"), "many"), f"ema_step of {LABEL} must be a count"),
-        (edit(("param_groups", 0, "ema_step"), -3), r"ema_step of .*param_groups\[0\].* must be a count"),
+        (
+            edit(("param_groups", 0, "ema_step"), -3),
+            r"ema_step of .*param_groups\[0\].* must be a count",
+        ),
         (edit(("param_groups", 0, "ema_decay"), 7.0), "ema_decay .* got 7.0"),
         (lambda s: s["param_groups"].append(s["param_groups"][0]), "1 param groups .* got 2"),
         (lambda s: s["param_groups"][0]["params"].pop(), "4 parameters .* got 3"),

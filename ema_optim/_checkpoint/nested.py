@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Group
 from .layout import GROUP_MARKS, GROUP_OPTIONS, StateDict, merge, options_of
+from .read import check_form
 
 
 def check_served(inner: Optimizer) -> None:
@@ -69,11 +70,13 @@ def bare(groups: Sequence[Group]) -> StateDict:
     return {"state": {}, "param_groups": packed}
 
 
-def parts(state_dict: StateDict, inner: Optimizer, groups: Sequence[Group]) -> tuple[Any, Any]:
+def parts(state_dict: Any, inner: Optimizer, groups: Sequence[Group]) -> tuple[Any, Any]:
     """What the inner optimizer is to load, where it has a form of its own, and the EMA's dict."""
-    if is_nested(state_dict):
+    known = isinstance(state_dict, Mapping)
+    if known and is_nested(state_dict):
+        check_form(state_dict["ema"])
         return state_dict["inner"], state_dict["ema"]
-    if "state" in state_dict or is_torch_form(inner.state_dict(), groups):
+    if (known and "state" in state_dict) or is_torch_form(inner.state_dict(), groups):
         return None, state_dict
     return state_dict, bare(groups)
 
