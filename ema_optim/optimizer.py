@@ -18,7 +18,7 @@ from ._arithmetic.formats import EMADtype
 from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
 from ._forwarding import check_inner, check_new_group, ema_class, inner_step
-from ._shadow import names, report, swap
+from ._shadow import names, pending, report, swap
 from ._shadow.buckets import Lane
 from ._shadow.compiled import CompiledStep
 from ._shadow.shadow_set import ShadowSet
@@ -202,6 +202,7 @@ class EMAOptimizer(SwappingOptimizer):
         Raises:
             ValueError: The model has no parameter of this optimizer.
         """
+        pending.check_model(self._ema)  # what the EMA is of may be in the model's file
         report.check_export(self._ema, self.param_groups)
         return names.ema_state(self._ema, self.param_groups, model)
 

@@ -18,6 +18,7 @@ CALLS = {
     "swap": lambda o: o.swap_ema_weights().__enter__(),
     "apply_ema": lambda o: o.apply_ema(),
     "step": lambda o: o.step(),
+    "get_ema_state": lambda o: o.get_ema_state(None),
     "step with closure": lambda o: o.step(lambda: None),
 }
 

@@ -1,5 +1,6 @@
 """One text for the bits of many tensors, whatever their order, strides and device."""
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -41,7 +42,12 @@ def kinds_of(tensors: Sequence[Tensor]) -> set[str]:
 
 
 def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _names(tensor.dtype)
+
+
+@functools.cache
+def _names(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bits(tensor: Tensor) -> Tensor:

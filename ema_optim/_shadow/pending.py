@@ -27,9 +27,14 @@ class Held:
 
     groups: dict[int, tuple[list[Tensor], str]]
 
-    def fits(self) -> bool:
-        """Whether the model holds that now."""
-        return all(fingerprint(params) == text for params, text in self.groups.values())
+    def fits(self, shadow: ShadowSet) -> bool:
+        """Whether the model holds that now, as far as its parameters are still the same."""
+        kept = [
+            (params, text)
+            for params, text in self.groups.values()
+            if all(shadow.find(param) is not None for param in params)
+        ]
+        return all(fingerprint(params) == text for params, text in kept)
 
 
 def model_fingerprint(shadow: ShadowSet, index: int, params: Iterable[Tensor]) -> str:
@@ -55,7 +60,7 @@ def held(groups: Iterable[tuple[list[Tensor], str | None]]) -> Held | None:
 
 def check_model(shadow: ShadowSet) -> None:
     """Raise RuntimeError while a pending exchange would be made with the wrong weights."""
-    if shadow.mode == "pending" and shadow.swapped and shadow.held and not shadow.held.fits():
+    if shadow.mode == "pending" and shadow.swapped and shadow.held and not shadow.held.fits(shadow):
         raise RuntimeError(
             "the optimizer's checkpoint was written while the EMA weights were swapped in, and the "
             "model must hold what it held then, which it does not: load the model's state dict of "
@@ -68,7 +73,7 @@ def check_first_step(shadow: ShadowSet) -> None:
     """Raise RuntimeError where a run would go on from the EMA weights; asked once after a load."""
     if shadow.mode != "train" or shadow.held is None:
         return
-    if _holds_ema(shadow, shadow.held) and not shadow.held.fits():
+    if _holds_ema(shadow, shadow.held) and not shadow.held.fits(shadow):
         raise RuntimeError(
             "the model must hold the training weights of the checkpoint, got its EMA weights: the "
             "model's file was written while the EMA was swapped in, the optimizer's was not. Load "

@@ -178,7 +178,7 @@ class ShadowSet:
     def clear(self) -> None:
         """Forget every average and begin anew, as newly built."""
         self.forget_lanes()
-        self.slots, self.swapped, self.step = {}, {}, 0
+        self.slots, self.swapped, self.step, self.held = {}, {}, 0, None
         self.absent.clear()
 
     def forget_lanes(self) -> None:
