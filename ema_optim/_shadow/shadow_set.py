@@ -212,7 +212,8 @@ class ShadowSet:
     def clock_of(self, group: Group) -> int:
         """The clock of a param group: how many of its steps were counted."""
         slots = filter(None, map(self.find, group["params"]))
-        return max((s.counter.steps for s in slots), default=group.get("ema_step", self.step))
+        marked = min(self.step, group.get("ema_step", self.step))  # an old mark after a new start
+        return max((s.counter.steps for s in slots), default=marked)
 
     def ema_step(self, slot: Slot) -> int:
         """The counter of one slot in optimizer steps, as checkpoints hold it."""
