@@ -14,6 +14,7 @@ from ._shadow.buffers import AveragedBuffers, HeldBuffers, Wanted, temporary_buf
 from ._shadow.movement import Movement
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
+from ._shadow.swap_state import Mode
 from ._warnings import warn
 from .schedules import Decay
 
@@ -103,6 +104,7 @@ class EMAModel:
         """
         self._refuse_in_block("reset()")
         groups = self._groups(anew=True)
+        swap.refuse_others(self._ema, groups, "reset()")
         self._ema.clear()
         slots = {param: self._ema.birth(param) for param in self._ema.members(groups)}
         read.Loaded(slots).install(self._ema)
@@ -115,7 +117,9 @@ class EMAModel:
         """
         self._refuse_in_block("update()")
         groups = self._groups()
-        self._ema.finish_step(self._ema.begin_step(groups))
+        with self._ema.swap.alone("update()"):
+            swap.refuse_others(self._ema, groups, "update()")
+            self._ema.finish_step(self._ema.begin_step(groups))
         if "rests" not in self._ema.warned and self._movement.rests(groups[0]["params"]):
             self._ema.warned.add("rests")
             warn(
@@ -125,23 +129,32 @@ class EMAModel:
             )
 
     @contextmanager
-    def use_ema(self) -> Iterator[None]:
+    def use_ema(self, enabled: bool = True) -> Iterator[None]:
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
         Whatever the block does to buffers is undone when it ends, averaged ones included.
 
+        While the EMA weights are in, a step of any torch optimizer over these parameters and
+        ``load_state_dict()`` of the model raise; what is written into them in another way is
+        warned of at the end. A ``state_dict()`` of the model, a ``torch.jit.trace`` or a
+        ``torch.export`` made inside refers to the parameters and shows the training weights
+        afterwards: take ``get_ema_state()``. Activation checkpointing recomputes at the weights of
+        the moment: end a backward before a swap.
+
+        Args:
+            enabled: False makes the block an ordinary one.
+
         Raises:
             RuntimeError: Inside ``use_ema()``. With merged LoRA adapters, and at the end of a block
-                that has left them merged (they are unmerged then).
+                that has left them merged (they are unmerged then). At the end, where another object
+                has swapped since and not yet back.
         """
+        if not enabled:
+            yield
+            return
         self._refuse_in_block("use_ema()")
         adapters.refuse_merged(self.model)
-        groups = self._groups()
-        report.check_share(self._ema, groups, "swap")
-        try:
-            self._ema.mode = "block"
-            if swap.swap_in(self._ema, groups):
-                report.check_finite(self._ema, groups)
+        with swap.block(self._ema, self._groups(), "use_ema()", self.model):
             held = HeldBuffers(self.model)
             try:
                 yield
@@ -150,18 +163,22 @@ class EMAModel:
                     undone = adapters.unmerge(self.model)
                 finally:
                     held.put_back()
-        finally:
-            self._ema.mode = "eval"
-            swap.leave_block(self._ema)
         if undone:
             adapters.raise_unmerged()
+
+    swap_ema_weights = use_ema
 
     def apply_ema(self) -> None:
         """Make the EMA weights the model's weights, one way (the EMA stays as it is).
 
         Inside ``use_ema()`` nothing is swapped back then.
+
+        Raises:
+            RuntimeError: Another object has its EMA weights in the model.
         """
+        swap.recover(self._ema)
         groups = self._groups()
+        swap.refuse_others(self._ema, groups, "apply_ema()")
         report.check_export(self._ema, groups)
         swap.apply(self._ema, groups)
 
@@ -172,12 +189,14 @@ class EMAModel:
             Fresh copies in the EMA's dtype, one for each averaged parameter (and each averaged
             buffer), ready for ``model.load_state_dict(strict=False)`` and for safetensors.
         """
+        swap.recover(self._ema)
         groups = self._groups()
         report.check_export(self._ema, groups)
         return names.ema_state(self._ema, groups, self.model)
 
     def ema_metrics(self) -> dict[str, float]:
         """The health of the EMA; keys and meaning as ``EMAOptimizer.ema_metrics()``."""
+        swap.recover(self._ema)
         return report.metrics(self._ema, self._groups())
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,10 +254,16 @@ class EMAModel:
         return [params]
 
     def _refuse_in_block(self, what: str) -> None:
-        if self._ema.mode == "block":
+        swap.recover(self._ema)
+        if self._ema.mode is Mode.BLOCK:
             raise RuntimeError(f"{what} inside use_ema(): leave the block first")
-        if self._ema.mode == "eval":  # an interrupt kept use_ema() from putting them back
-            swap.leave_block(self._ema)
+        if self._ema.mode is Mode.EVAL:  # a copy made inside use_ema() has no block
+            swap.put_back_for_good(self._ema)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy."""
+        swap.recover(self._ema)
+        return self.__dict__
 
 
 def _buffer_group(buffers: Mapping[Tensor, str]) -> Group:

@@ -7,7 +7,8 @@ and this class forwards to both. It composes and does not share: torch replaces 
 ``param_groups`` on every load, so both are looked up where they live.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,18 +18,25 @@ from torch.optim import Optimizer
 from ._arithmetic.formats import EMADtype
 from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
-from ._forwarding import check_inner, check_new_group, ema_class, inner_step
+from ._forwarding import (
+    ForwardingOptimizer,
+    call_if_there,
+    check_inner,
+    check_new_group,
+    ema_class,
+    inner_step,
+)
 from ._shadow import names, pending, report, swap
 from ._shadow.buckets import Lane
 from ._shadow.compiled import CompiledStep
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
-from ._swapping import SwappingOptimizer
+from ._shadow.swap_state import Mode
 from ._warnings import warn
 from .schedules import Decay
 
 
-class EMAOptimizer(SwappingOptimizer):
+class EMAOptimizer(ForwardingOptimizer):
     r"""Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
 
     .. math::
@@ -102,6 +110,15 @@ class EMAOptimizer(SwappingOptimizer):
         replace_state(self._view, value)
 
     def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a graph knows of no other threads
+            return self._step_alone(closure, *args, **kwargs)
+        with self._ema.swap.alone("step()"):
+            return self._step_alone(closure, *args, **kwargs)
+
+    def _step_alone(
+        self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        swap.recover(self._ema)
         swap.check_can_step(self._ema, self.param_groups, closure is not None)
         self._resolve_pending()
         lane = self._ema.begin_step(self.param_groups)
@@ -121,6 +138,119 @@ class EMAOptimizer(SwappingOptimizer):
     def _mark_clocks(self, lane: Lane | None) -> None:
         for group, clock in zip(self.param_groups, lane.clocks if lane else (), strict=False):
             group["ema_step"] = self._ema.step if clock is None else clock.steps
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the EMA weights are in the parameters now."""
+        return bool(self._ema.swapped)
+
+    @contextmanager
+    def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
+        """Exchange training weights and EMA weights for a block, and back, also on an exception.
+
+        Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory:
+        at most 4 MiB where the EMA has the parameter's dtype, else one copy in that dtype.
+        Quantized weights (torchao's int8 training) hold the EMA rounded as their class rounds it,
+        the same way at every swap; the training weights' codes and scales come back exactly.
+
+        While the EMA weights are in, a step of any torch optimizer over these parameters raises;
+        what is written into them in another way is warned of at the end. A ``state_dict()``, a
+        ``torch.jit.trace`` or a ``torch.export`` made inside refers to the parameters and shows the
+        training weights afterwards: take ``get_ema_state(model)``. Activation checkpointing
+        recomputes at the weights of the moment: end a backward before a swap.
+
+        Args:
+            enabled: False makes the block an ordinary one.
+
+        Raises:
+            RuntimeError: The EMA weights are swapped in already; or at the end, where another
+                object has swapped since and not yet back.
+        """
+        if not enabled:
+            yield
+            return
+        self._get_ready()
+        try:
+            with swap.block(self._ema, self.param_groups, "swap_ema_weights()", self._ema.module):
+                self._mark_groups()
+                yield
+        finally:
+            self._mark_groups()
+
+    use_ema = swap_ema_weights
+
+    def eval(self) -> None:
+        """Put the EMA weights in until ``train()``; a no-op after ``eval()`` or inside a block."""
+        self._get_ready()
+        if self._ema.mode is not Mode.TRAIN:
+            return
+        # The inner optimizer first: schedule-free moves the weights it finds.
+        call_if_there(self.inner, "eval")
+        try:
+            swap.enter_eval(self._ema, self.param_groups)
+            self._mark_groups()
+        except BaseException:
+            self.train()
+            raise
+
+    def train(self) -> None:
+        """Put the training weights back; a no-op when they are in.
+
+        Raises:
+            RuntimeError: Inside ``swap_ema_weights()``: leaving the block puts them back.
+        """
+        self._get_ready()
+        swap.refuse_swapped(self._ema, "train()", also_after_eval=False)
+        self.put_back()
+        call_if_there(self.inner, "train")
+
+    def put_back(self) -> None:
+        """Put the training weights back after ``eval()``, and leave the inner optimizer's mode.
+
+        For a trainer whose inner optimizer has to stay in its own ``eval()``; a no-op otherwise.
+        """
+        if self._ema.mode is Mode.EVAL or self._ema.swap.is_interrupted:
+            try:
+                swap.put_back_for_good(self._ema)
+            finally:
+                self._mark_groups()
+
+    def evaluate_with_ema(self, enabled: bool) -> None:
+        """Decide what ``eval()`` shows: the EMA weights, or what the parameters hold already.
+
+        For a trainer that has put into the model what is to be evaluated.
+        """
+        self._ema.swap.eval_swaps = enabled
+
+    def apply_ema(self) -> None:
+        """Make the EMA weights the training weights, one way (the EMA stays as it is).
+
+        Inside a swap nothing is swapped back then.
+
+        Raises:
+            RuntimeError: Another object has its EMA weights in the parameters.
+        """
+        self._get_ready()
+        swap.refuse_others(self._ema, self.param_groups, "apply_ema()")
+        report.check_export(self._ema, self.param_groups)
+        swap.apply(self._ema, self.param_groups)
+        self._mark_groups()
+
+    def _mark_groups(self) -> None:
+        for group in self.param_groups:
+            group.update(layout.marks(self._ema, group))
+
+    def _get_ready(self) -> None:
+        """Finish what an interrupt or a load has left to be done."""
+        if self._ema.swap.is_interrupted:
+            swap.recover(self._ema)
+            self._mark_groups()
+        self._resolve_pending()
+
+    def _resolve_pending(self) -> None:
+        if self._ema.mode is Mode.PENDING:
+            swap.resolve_pending(self._ema, self.param_groups)
+            self._mark_groups()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
@@ -177,7 +307,7 @@ class EMAOptimizer(SwappingOptimizer):
         Raises:
             RuntimeError: The EMA weights are swapped in.
         """
-        self._resolve_pending()
+        self._get_ready()
         swap.refuse_swapped(self._ema, "reset()")
         self._ema.clear()
         for group in self.param_groups:
@@ -202,6 +332,7 @@ class EMAOptimizer(SwappingOptimizer):
         Raises:
             ValueError: The model has no parameter of this optimizer.
         """
+        swap.recover(self._ema)
         pending.check_model(self._ema)  # what the EMA is of may be in the model's file
         report.check_export(self._ema, self.param_groups)
         return names.ema_state(self._ema, self.param_groups, model)
@@ -225,7 +356,7 @@ class EMAOptimizer(SwappingOptimizer):
             ValueError: A tensor has another shape than its parameter, or lies on another mesh.
             RuntimeError: The EMA weights are swapped in.
         """
-        self._resolve_pending()
+        self._get_ready()
         swap.refuse_swapped(self._ema, "load_ema_state()")
         names.load_ema_state(self._ema, self.param_groups, model, state, strict)
         self._mark_groups()
@@ -241,15 +372,18 @@ class EMAOptimizer(SwappingOptimizer):
             either is). Where the weights are spread over ranks every rank calls it: two numbers are
             summed up.
         """
+        swap.recover(self._ema)
         return report.metrics(self._ema, self.param_groups)
 
     def _state_dict(self) -> dict[str, Any]:
+        swap.recover(self._ema)
         inner = self.inner.state_dict()
         if nested.is_torch_form(inner, self.param_groups):
             return layout.merge(inner, self.param_groups, self._ema)
         return nested.nest(inner, self.param_groups, self._ema)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        swap.recover(self._ema)
         own, merged = nested.parts(state_dict, self.inner, self.param_groups)
         merged = carry.uncarry(merged)
         loaded = read.read(self._ema, self.param_groups, merged)
@@ -285,6 +419,7 @@ class EMAOptimizer(SwappingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Hooks and patches of ``step`` stay behind, as with torch."""
+        swap.recover(self._ema)
         return {**super().__getstate__(), "_ema": self._ema}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

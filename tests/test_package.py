@@ -60,7 +60,6 @@ FLOORS = [
     {"_shadow"},
     {"_checkpoint"},
     {"_forwarding"},
-    {"_swapping"},
     {"optimizer", "model"},
     {"integrations", "__main__", "_tools"},
     {"__init__"},

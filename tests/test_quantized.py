@@ -212,7 +212,7 @@ def test_error_half_way_into_a_swap_changes_nothing(monkeypatch):
         assert not same(plain(run.model.state_dict()), before)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ema_optim._shadow.swap.read_", fail)
+    monkeypatch.setattr("ema_optim._shadow.swap_state.read_", fail)
     with pytest.raises(KeyboardInterrupt):
         run.optimizer.eval()
     monkeypatch.undo()

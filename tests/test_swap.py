@@ -132,7 +132,7 @@ def test_interrupt_anywhere_in_the_exchange_restores(monkeypatch, dtype, after, 
     step(optimizer)
 
 
-@pytest.mark.parametrize("name", ["swap_in", "swap_out", "leave_block"])
+@pytest.mark.parametrize("name", ["put_in", "swap_in", "put_back", "put_back_for_good"])
 @pytest.mark.parametrize("after", [False, True])
 def test_interrupt_between_two_calls_never_lets_a_step_run_on_ema_weights(monkeypatch, name, after):
     params, optimizer = trained()

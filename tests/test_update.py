@@ -9,13 +9,13 @@ import torch
 
 from ema_optim._arithmetic.average import (
     Casts,
-    Exchange,
     copy_,
     ema_update_,
     non_finite,
     relative_distance,
     squared_norms,
 )
+from ema_optim._arithmetic.exchange import Exchange
 from ema_optim._arithmetic.scratch import CHUNK
 
 SIZES = [0, *range(1, 70), 1023, 1024, 4097, 65537, 3 * CHUNK + 5]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .scratch import CHUNK, batches_of, carve, columns, fill, pieces_of, place, scratch_for
+from .scratch import CHUNK, batches_of, by_place, carve, columns, fill, pieces_of, scratch_for
 
 Items = dict[int, Tensor]
 
@@ -75,72 +75,6 @@ def ema_update_(
         (casts or Casts(emas)).lerp_(emas, params, 1.0 - decay)
 
 
-class Exchange:
-    """Exchange two lists of tensors in place through a scratch buffer, or take that back.
-
-    ``undo()`` is right after an exception or a signal at any moment of ``run()``: what was done is
-    kept as one tuple (batches done, phase of the next), so that no interrupt can fall between the
-    two halves of a note.
-
-    Args:
-        lefts: Tensors, one side; a pair has one shape, dtype and device.
-        rights: Tensors, the other side. No two tensors may overlap in memory.
-        watched: Whether ``doubtful()`` is to know of the lefts.
-    """
-
-    def __init__(self, lefts: list[Tensor], rights: list[Tensor], watched: bool = False) -> None:
-        self._batches = list(batches_of(zip(lefts, rights, strict=True)))
-        # One buffer for each device, of bytes: a model may mix dtypes.
-        widths: dict[torch.device, int] = {}
-        for tensor in lefts:
-            widths[tensor.device] = max(tensor.element_size(), widths.get(tensor.device, 0))
-        self._scratch = {
-            device: torch.empty(CHUNK * width, dtype=torch.uint8, device=device)
-            for device, width in widths.items()
-        }
-        self._progress = (0, 0)
-        self._watched, self._sums = watched, list[Tensor]()
-
-    def run(self) -> None:
-        """Do the exchange."""
-        for done, batch in enumerate(self._batches):
-            lefts, rights = columns(batch)
-            held = self._held(lefts)
-            torch._foreach_copy_(held, lefts)
-            self._progress = (done, 1)
-            if self._watched:
-                self._sums.append(self._flat(lefts).sum())  # it is in the cache now
-            torch._foreach_copy_(lefts, rights)
-            self._progress = (done, 2)
-            torch._foreach_copy_(rights, held)
-            self._progress = (done + 1, 0)
-
-    def undo(self) -> None:
-        """Put back whatever ``run()`` has exchanged so far."""
-        done, phase = self._progress
-        if phase:
-            lefts, rights = columns(self._batches[done])
-            if phase == 2:
-                torch._foreach_copy_(rights, lefts)
-            held = self._held(lefts)
-            torch._foreach_copy_(lefts, held)
-        self._batches = self._batches[:done]
-        self.run()
-        self._batches, self._progress = [], (0, 0)
-
-    def doubtful(self) -> bool:
-        """Whether the lefts may have held a NaN or an infinity (certainly not, if False)."""
-        groups = _by_place(dict(enumerate(self._sums)))
-        return not all(torch.isfinite(torch.stack(list(g.values()))).all() for g in groups)
-
-    def _flat(self, lefts: list[Tensor]) -> Tensor:
-        scratch = self._scratch[lefts[0].device].view(lefts[0].dtype)
-        return scratch[: sum(left.numel() for left in lefts)]
-
-    def _held(self, lefts: list[Tensor]) -> list[Tensor]:
-        return carve(self._scratch[lefts[0].device].view(lefts[0].dtype), lefts)
-
-
 def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy ``sources`` into ``targets`` in place, rounding where the target is narrower."""
     if targets:
@@ -196,17 +130,10 @@ def _double(tensor: Tensor) -> torch.dtype:
 def _without_norm(items: Items, order: float) -> Items:
     """The items whose norm is not finite."""
     found: Items = {}
-    for group in _by_place(items):
+    for group in by_place(items):
         norms = torch._foreach_norm(list(group.values()), order)
         bad = ~torch.isfinite(torch.stack(list(norms)))
         if bad.any():
             keys = list(group)
             found |= {keys[j]: group[keys[j]] for j in bad.nonzero().flatten().tolist()}
     return found
-
-
-def _by_place(items: Items) -> list[Items]:
-    groups: dict[tuple[torch.device, torch.dtype], Items] = {}
-    for key, tensor in items.items():
-        groups.setdefault(place(tensor), {})[key] = tensor
-    return list(groups.values())

@@ -17,6 +17,14 @@ Batch = list[tuple[Tensor, ...]]
 place = attrgetter("device", "dtype")
 
 
+def by_place(items: dict[int, Tensor]) -> list[dict[int, Tensor]]:
+    """Part numbered tensors by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
+    for key, tensor in items.items():
+        groups.setdefault(place(tensor), {})[key] = tensor
+    return list(groups.values())
+
+
 def scratch_for(tensor: Tensor) -> Tensor:
     """A buffer of ``CHUNK`` elements like those of ``tensor``."""
     return torch.empty(CHUNK, dtype=tensor.dtype, device=tensor.device)

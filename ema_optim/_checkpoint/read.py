@@ -44,9 +44,8 @@ class Loaded:
         """Replace the shadow set's EMA; what was swapped in before is forgotten."""
         shadow.clear()
         shadow.slots, shadow.step = self.slots, self.step
-        shadow.swapped = dict(self.slots) if self.swapped else {}
+        shadow.swap.load(dict(self.slots) if self.swapped else {})
         shadow.trainer_step, shadow.held = self.trainer_step, self.held
-        shadow.mode = "pending" if shadow.swapped else "train"
 
 
 def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, Any]) -> Loaded:

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from .names import named_buffers
 from .shadow_set import ShadowSet, no_autograd
+from .swap_state import Mode
 
 Wanted = bool | Sequence[str]
 
@@ -65,7 +66,7 @@ class AveragedBuffers:
             return {}
         patterns = None if self.wanted is True else self.wanted
         found = _statistics(model) if patterns is None else _matching(model, patterns)
-        if shadow.mode != "block":
+        if shadow.mode is not Mode.BLOCK:
             if patterns is not None and not anew:
                 self._check_shapes(found, shadow)
             self._follow(found, shadow)

@@ -27,6 +27,7 @@ from .memory import shared_memory
 from .options import check_count, check_dtype, check_module, check_options, ema_format
 from .slots import Group, Slot, place_of
 from .store import Parts, restored, stored, value_of
+from .swap_state import Mode, SwapState
 
 
 @contextmanager
@@ -76,9 +77,7 @@ class ShadowSet:
         # Slots of parameters that have left the groups, for as long as somebody else has them.
         # Weak only then: torch.utils.swap_tensors refuses a tensor that is referred to weakly.
         self.absent: Any = WeakTensorKeyDictionary()  # Any: torch does not type it
-        self.swapped: dict[Tensor, Slot] = {}  # whose EMA weights are in the parameter now
-        self.mode = "train"  # "train", "block", "eval" or "pending"
-        self.eval_swaps = True  # whether eval() swaps; a trainer may have put the EMA in already
+        self.swap = SwapState()
         self.dry = False  # whether the inner optimizer has made a step that moved nothing
         self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
         self.warned: set[str] = set()
@@ -93,15 +92,23 @@ class ShadowSet:
         self._taken: TypeError | None = None  # what the inner optimizer's own keys are refused with
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside a swap block has no block to leave; train() puts its weights back.
-        mode = "eval" if self.mode == "block" else self.mode
         fresh = dict.fromkeys(("compiled", "_shared", "_share"))
         absent = list(self.absent.items())
-        return {**self.__dict__, **fresh, "mode": mode, "_lanes": OrderedDict(), "absent": absent}
+        return {**self.__dict__, **fresh, "_lanes": OrderedDict(), "absent": absent}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.absent = WeakTensorKeyDictionary(dict(state["absent"]))
+
+    @property
+    def mode(self) -> Mode:
+        """What the parameters are used for now."""
+        return self.swap.mode
+
+    @property
+    def swapped(self) -> dict[Tensor, Slot]:
+        """The slots whose EMA weights are in the parameters now."""
+        return self.swap.swapped
 
     def begin_step(self, groups: Sequence[Group]) -> Lane | None:
         """Prepare one step, before the weights move.
@@ -178,7 +185,8 @@ class ShadowSet:
     def clear(self) -> None:
         """Forget every average and begin anew, as newly built."""
         self.forget_lanes()
-        self.slots, self.swapped, self.step, self.held = {}, {}, 0, None
+        self.slots, self.step, self.held = {}, 0, None
+        self.swap.load({})
         self.absent.clear()
 
     def forget_lanes(self) -> None:

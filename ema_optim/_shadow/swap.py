@@ -7,23 +7,93 @@ share memory), the training weights are parked in a copy instead and the EMA sta
 Everything is written into the parameters under ``no_grad``: addresses stay, and the version counter
 moves, so that a swap between forward and backward raises in backward. Written through ``.data`` it
 would give wrong gradients without a word.
+
+A swap may be interrupted at any moment, and what puts it right may be interrupted too. The swap
+under way is kept in the state (``SwapState.move``); whoever comes next puts the training weights
+back with ``recover``, which every public call begins with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, _GeneratorContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from .._arithmetic.average import Exchange, copy_, non_finite
-from .._engines.quantized import dense, is_quantized, write_
+from .._arithmetic.average import copy_, non_finite
+from .._engines.quantized import dense
 from .._engines.sharding import holds_on_all_ranks, local, locals_of, reshard
+from .._warnings import warn
 from ..schedules import decay_factor
-from . import pending
+from . import pending, record, report
 from .shadow_set import ShadowSet, no_autograd
-from .slots import Group, Slot
+from .slots import Group
 from .store import read_
+from .swap_state import Mode, Move, Slots
 
-Slots = dict[Tensor, Slot]
+
+def block(
+    shadow: ShadowSet, groups: Sequence[Group], what: str, model: nn.Module | None = None
+) -> AbstractContextManager[None]:
+    """Have the EMA weights in the parameters for a block, and the training weights after it.
+
+    Args:
+        shadow: The shadow set.
+        groups: Its param groups.
+        what: The public call, for an error.
+        model: The model that owns the parameters, if known: not to be loaded into meanwhile.
+    """
+    return _Block(_block, (shadow, groups, what, model), {})
+
+
+class _Block(_GeneratorContextManager[None]):
+    """Has the state know the generator that is to end the block: an interrupt may have ended it."""
+
+    def __enter__(self) -> None:
+        self.args[0].swap.note_block(self.gen)
+        super().__enter__()
+
+
+def _block(
+    shadow: ShadowSet, groups: Sequence[Group], what: str, model: nn.Module | None
+) -> Generator[None, None, None]:
+    state, entered = shadow.swap, False
+    hooks: list[Any] = []
+    try:
+        with state.alone(what):
+            refuse_swapped(shadow, what)
+            # The mode first, on both sides: an interrupt may come between any two calls.
+            entered, state.mode = True, Mode.BLOCK
+            put_in(shadow, groups)
+        for module in model.modules() if model is not None and state.swapped else ():
+            register: Any = module.register_load_state_dict_pre_hook  # torch does not type it
+            hooks.append(register(record.refuse_load))
+        yield
+    finally:
+        try:
+            for hook in hooks:
+                hook.remove()
+        finally:
+            if entered and state.mode is Mode.BLOCK:  # else a load inside has replaced the EMA
+                put_back_for_good(shadow)
+
+
+def enter_eval(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+    """Have the EMA weights in the parameters until ``put_back``, if there are any."""
+    state = shadow.swap
+    with state.alone("eval()"):
+        if state.mode is Mode.TRAIN and state.eval_swaps:
+            state.mode = Mode.EVAL
+            put_in(shadow, groups)
+            if not state.swapped:
+                state.mode = Mode.TRAIN
+
+
+def put_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+    """Put the EMA weights in, with the warnings that they may be worth."""
+    report.check_share(shadow, groups, "swap")
+    if swap_in(shadow, groups):
+        report.check_finite(shadow, groups)
 
 
 def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
@@ -32,74 +102,113 @@ def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
     Returns:
         Whether they may hold a NaN or an infinity (certainly not, if False).
     """
-    counted = shadow.counted(groups)
-    reshard(counted, shadow.module)
-    shadow.look_at_memory()
-    parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
-    with no_autograd():
-        exchanged = {p: s for p, s in counted.items() if p not in parking}
-        exchange = Exchange(_emas(exchanged), _weights(exchanged), watched=True)
-        try:
-            for param, slot in counted.items():
-                # None also where an interrupt has left an old copy: it would be put back.
-                slot.parked = param.detach().clone() if param in parking else None
-            read_(parking, list(parking.values()))
-            exchange.run()
-            shadow.swapped = counted
-        except BaseException:
-            shadow.swapped = {}
-            exchange.undo()
-            _unpark(parking)
-            raise
-        return exchange.doubtful() or bool(non_finite(_emas(parking)))
+    state = shadow.swap
+    with state.alone("a swap"):
+        counted = shadow.counted(groups)
+        if not counted:
+            return False
+        record.refuse_interrupted(state, counted)
+        reshard(counted, shadow.module)
+        shadow.look_at_memory()
+        parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
+        before = record.before_ours(state, counted)
+        with no_autograd():
+            move = Move(counted, parking, arrived=False)
+            record.enter(state)
+            try:
+                state.move = move
+                move.put_in()
+                record.take_for_ours(state, counted, before)
+                state.groups, state.versions = groups, record.versions_of(counted)
+                state.swapped = counted
+                state.move = None
+            except BaseException:
+                state.move = move
+                put_back(shadow)
+                raise
+            emas = locals_of(slot.ema for slot in parking.values())
+            return move.exchange.doubtful() or bool(non_finite(emas))
 
 
-def swap_out(shadow: ShadowSet) -> None:
-    """Put the training weights back. An error on the way leaves the EMA weights in."""
-    swapped = shadow.swapped
-    reshard(swapped, shadow.module)
-    parking = {p: s for p, s in swapped.items() if s.parked is not None}
+def put_back(shadow: ShadowSet) -> None:
+    """Put the training weights back. Interrupted, it is to be called again.
+
+    Raises:
+        RuntimeError: Another object, or another thread, has the parameters swapped by now.
+    """
+    state = shadow.swap
+    written: list[str] = []
+    with state.alone("train(), or the end of a swap,"):
+        if state.move is None and state.swapped:
+            record.refuse_crossed(state)
+            written = _written(shadow)
+            reshard(state.swapped, shadow.module)
+            parking = {p: s for p, s in state.swapped.items() if s.parked is not None}
+            with no_autograd():
+                state.move = Move(state.swapped, parking, arrived=True)
+        if state.move is not None:
+            _finish(shadow, state.move)
+        record.leave(state)
+        state.mode = Mode.TRAIN
+    if written and "written" not in shadow.warned:
+        shadow.warned.add("written")
+        warn(
+            f"{', '.join(written)}: written to while the EMA weights were in. What was written is "
+            "now the EMA where that has the dtype of the parameters, else it is dropped. Write "
+            "to the training weights, after the swap; for a forward that writes, swap a copy of "
+            "the model"
+        )
+
+
+def _finish(shadow: ShadowSet, move: Move) -> None:
+    state = shadow.swap
+    before = record.before_ours(state, move.slots)
+    reshard(move.slots, shadow.module)
     with no_autograd():
-        exchanged = {p: s for p, s in swapped.items() if p not in parking}
-        exchange = Exchange(_emas(exchanged), _weights(exchanged))
-        try:
-            exchange.run()
-            _put_back(parking)
-            shadow.swapped = {}
-        except BaseException:
-            shadow.swapped = swapped
-            exchange.undo()
-            read_(parking, list(parking.values()))
-            raise
-    for slot in parking.values():
+        move.put_back()
+    record.take_for_ours(state, move.slots, before)
+    state.swapped = {}
+    for slot in move.slots.values():
         slot.parked = None
+    state.move = None
 
 
-def leave_block(shadow: ShadowSet) -> None:
-    """Put the training weights back for good, whatever has interrupted it on the way."""
+def put_back_for_good(shadow: ShadowSet) -> None:
+    """Put the training weights back, whatever interrupts it on the way."""
     try:
-        swap_out(shadow)
+        put_back(shadow)
     except BaseException:
-        swap_out(shadow)
-        shadow.mode = "train"
+        put_back(shadow)
         raise
-    shadow.mode = "train"
+
+
+def recover(shadow: ShadowSet) -> None:
+    """Put the training weights back where an interrupt has kept a swap from ending."""
+    if shadow.swap.is_interrupted:
+        put_back(shadow)
 
 
 def apply(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     """Make the EMA weights the training weights, one way, inside a swap or outside."""
     shadow.held = None  # what the model holds from here on is meant
-    with no_autograd():
-        if not shadow.swapped:
-            counted = shadow.counted(groups)
-            reshard(counted, shadow.module)
-            read_(counted, list(counted.values()))
+    state = shadow.swap
+    with state.alone("apply_ema()"), no_autograd():
+        counted = state.swapped or shadow.counted(groups)
+        reshard(counted, shadow.module)
+        if not state.swapped:
+            try:
+                read_(counted, list(counted.values()))
+            finally:
+                torch.clear_autocast_cache()
             return
-        exchanged = {p: s for p, s in shadow.swapped.items() if s.parked is None}
-        copy_(_emas(exchanged), _weights(exchanged))
-    forgotten, shadow.swapped = shadow.swapped, {}
-    for slot in forgotten.values():
-        slot.parked = None
+        exchanged = {p: s for p, s in counted.items() if s.parked is None}
+        copy_(locals_of(slot.ema for slot in exchanged.values()), locals_of(exchanged))
+        state.swapped = {}
+        for slot in counted.values():
+            slot.parked = None
+        record.leave(state)
+        if state.mode is Mode.EVAL:
+            state.mode = Mode.TRAIN
 
 
 def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
@@ -108,7 +217,7 @@ def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
     Raises:
         RuntimeError: The model does not hold what it held when the checkpoint was written.
     """
-    if shadow.mode != "pending":
+    if shadow.mode is not Mode.PENDING:
         return
     pending.check_model(shadow)
     exchanged = [slot for slot in shadow.swapped.values() if slot.parked is None]
@@ -123,28 +232,26 @@ def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
             "model's was not: the EMA is in neither. Load the model's state dict of the same "
             "moment; or start a new EMA: remove the 'ema*' entries from the optimizer's checkpoint"
         )
-    swap_out(shadow)
+    put_back(shadow)
     pending.finish_formats(shadow, groups)
-    shadow.mode = "train"
     shadow.held = None
 
 
 def refuse_swapped(shadow: ShadowSet, what: str, also_after_eval: bool = True) -> None:
     """Raise RuntimeError for what must not happen while the EMA weights are in."""
-    if shadow.mode == "block":
+    if shadow.mode is Mode.BLOCK:
         raise RuntimeError(f"{what} inside swap_ema_weights(): leave the block first")
-    if shadow.mode == "eval" and also_after_eval:
+    if shadow.mode is Mode.EVAL and shadow.swapped and also_after_eval:
         raise RuntimeError(f"{what} after eval(): call optimizer.train() first")
 
 
 def check_can_step(shadow: ShadowSet, groups: Sequence[Group], has_closure: bool) -> None:
     """Raise RuntimeError where a step would be made at, or away from, the EMA weights."""
     refuse_swapped(shadow, "step()")
+    refuse_others(shadow, groups, "step()")
     pending.check_model(shadow)
     pending.check_first_step(shadow)
-    if shadow.swapped and shadow.mode == "train":
-        raise RuntimeError("step() with the EMA weights still in: call optimizer.train() first")
-    if shadow.mode != "pending" or has_closure:
+    if shadow.mode is not Mode.PENDING or has_closure:
         return
     if any(param.grad is not None for group in groups for param in group["params"]):
         raise RuntimeError(
@@ -153,31 +260,18 @@ def check_can_step(shadow: ShadowSet, groups: Sequence[Group], has_closure: bool
         )
 
 
-def _weights(slots: Slots) -> list[Tensor]:
-    return locals_of(slots)
+def refuse_others(shadow: ShadowSet, groups: Sequence[Group], what: str) -> None:
+    """Raise RuntimeError where another object has its EMA weights in the parameters."""
+    params = (param for group in groups for param in group["params"])
+    record.refuse_others(shadow.swap, params, what)
 
 
-def _emas(slots: Slots) -> list[Tensor]:
-    return locals_of(slot.ema for slot in slots.values())
-
-
-def _parked(slots: Slots) -> list[Tensor]:
-    return locals_of(slot.parked for slot in slots.values() if slot.parked is not None)
-
-
-def _put_back(parking: Slots) -> None:
-    plain = {param: slot for param, slot in parking.items() if not is_quantized(param)}
-    copy_(_weights(plain), _parked(plain))
-    for param, slot in parking.items():
-        if param not in plain and slot.parked is not None:
-            write_(param, slot.parked)
-
-
-def _unpark(parking: Slots) -> None:
-    for param, slot in parking.items():
-        if slot.parked is not None:
-            param.detach().copy_(slot.parked)
-            slot.parked = None
+def _written(shadow: ShadowSet) -> list[str]:
+    """Names of the parameters that others have written to while the EMA weights were in."""
+    state = shadow.swap
+    now = record.versions_of(state.swapped)
+    params = [p for p in state.swapped if now[id(p)] != state.versions.get(id(p), now[id(p)])]
+    return record.names_of(state.groups, params)
 
 
 def _all_equal(swapped: Slots) -> bool:

@@ -244,8 +244,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _put_back(self) -> None:
         # Not train(): that would also put a schedule-free optimizer's training weights into the
         # model, where a run without the callback still has those of its eval().
-        if self.optimizer is not None and self.optimizer._ema.mode == "eval":
-            self.optimizer._swap_out()
+        if self.optimizer is not None:
+            self.optimizer.put_back()
 
     def _find_or_wrap(self, accelerated: Any, args: Any, state: Any) -> EMAOptimizer:
         refuse_engines(accelerated, args)
@@ -298,4 +298,4 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             not trained.isdisjoint(_pretrained.members(model)) for model in self._original
         )
         in_model = applied or self._holds_best  # what is to be evaluated is in the model already
-        self.optimizer._ema.eval_swaps = self.evaluate_with == "ema" and not in_model
+        self.optimizer.evaluate_with_ema(self.evaluate_with == "ema" and not in_model)

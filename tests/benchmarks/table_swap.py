@@ -32,7 +32,7 @@ def exchange_alone(model, decay):
         lambda: shadow.finish_step(shadow.begin_step(groups)),
         lambda: averages.emas_of(optimizer, model),
         lambda: swap.swap_in(shadow, groups),
-        lambda: swap.swap_out(shadow),
+        lambda: swap.put_back(shadow),
     )
 
 
