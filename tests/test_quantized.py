@@ -229,7 +229,9 @@ def test_resumed_run_equals_uninterrupted_whenever_it_was_saved(dtype, entrance)
     with run.optimizer.swap_ema_weights(entrance == "block"):
         saved = run.save()
     run.optimizer.train()
-    again = Run(dtype, "Adam", seed=9).load(*saved).train(STEPS - AT)
+    again = Run(dtype, "Adam", seed=9).load(*saved)
+    again.optimizer.train()  # puts the training weights back where it was saved while swapped
+    again.train(STEPS - AT)
     torch.set_rng_state(saved[1][1])
     run.train(STEPS - AT)
     assert same(again.trajectory, run.trajectory[AT:])
