@@ -1,8 +1,11 @@
 """Folders of weights, as ``save_pretrained`` writes them."""
 
 import glob
+import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import safetensors.torch
@@ -40,6 +43,21 @@ def is_there(checkpoint: str) -> bool:
         warn(f"there is no {checkpoint} to write the EMA weights into; they are in none")
         return False
     return True
+
+
+@contextmanager
+def written_aside(checkpoint: str) -> Iterator[str]:
+    """A folder to write into in place of ``checkpoint``, whose ``ema`` is then moved there whole.
+
+    A save that is killed so leaves no ``checkpoint/ema`` in which files are missing.
+    """
+    aside, there = os.path.join(checkpoint, "ema.tmp"), os.path.join(checkpoint, "ema")
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    yield aside
+    if os.path.isdir(made := os.path.join(aside, "ema")):  # else another rank writes
+        shutil.rmtree(there, ignore_errors=True)
+        os.replace(made, there)
+        shutil.rmtree(aside)
 
 
 def save_model(model: Any, folder: str, writes: bool = True) -> None:
@@ -85,8 +103,21 @@ def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
         return
     saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     loaded = read.read(optimizer._ema, optimizer.param_groups, carry.uncarry(saved))
+    step = _step_of(checkpoint)
+    if loaded.trainer_step not in (None, step) or loaded.cold:
+        warn(
+            f"{checkpoint} holds no EMA of step {step}, since a run without the callback has "
+            "written it: the model keeps its training weights"
+        )
+        return
     with no_autograd():
         read_(loaded.slots, list(loaded.slots.values()))
+
+
+def _step_of(checkpoint: str) -> int:
+    """The Trainer's step at which a checkpoint was written, as it says itself."""
+    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+        return int(json.load(file)["global_step"])
 
 
 def _load_saved(model: Any, folder: str) -> None:
@@ -102,18 +133,42 @@ def _load_saved(model: Any, folder: str) -> None:
             f"{folder} must hold the EMA weights of the best checkpoint, it does not: with "
             "save_only_model=True leave save_ema=True, or set load_best_model_at_end=False"
         )
-    for file in files:
-        _load_file(model, file)
+    state = {k: v for file in files for k, v in safetensors.torch.load_file(file).items()}
+    if _uncovered(model, state) and hasattr(model, "from_pretrained"):
+        # Some models name their weights otherwise in files: their own class knows how.
+        state = _converted(model, folder)
+    if uncovered := _uncovered(model, state):
+        raise RuntimeError(
+            f"{folder} must hold the EMA of every weight, it lacks {', '.join(uncovered)}: its "
+            "save was cut short. Leave save_only_model=False, or set load_best_model_at_end=False"
+        )
+    _load_state(model, state)
 
 
-def _load_file(model: Any, file: str) -> None:
+def _uncovered(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The parameters for which a file has no weights, under none of their names."""
+    covered = {p for n, p in model.named_parameters(remove_duplicate=False) if n in state}
+    return [name for name, param in model.named_parameters() if param not in covered]
+
+
+def _converted(model: Any, folder: str) -> dict[str, Tensor]:
+    """The weights in a folder under the model's names; those that are not there are left out."""
+    try:
+        made, info = type(model).from_pretrained(
+            folder, config=model.config, output_loading_info=True
+        )
+    except (OSError, ValueError):  # a shard that its index lists is not there
+        return {}
+    return {k: v for k, v in made.state_dict().items() if k not in set(info["missing_keys"])}
+
+
+def _load_state(model: Any, state: dict[str, Any]) -> None:
     if not sharded(model):
-        model.load_state_dict(safetensors.torch.load_file(file), strict=False)
+        model.load_state_dict(state, strict=False)
         return
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     first = torch.distributed.get_rank() == 0
-    state: dict[str, Any] = dict(safetensors.torch.load_file(file)) if first else {}
-    set_model_state_dict(model, state, options=options)
+    set_model_state_dict(model, state if first else {}, options=options)
 
 
 def members(model: nn.Module) -> list[Tensor]:

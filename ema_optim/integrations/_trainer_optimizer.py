@@ -1,11 +1,19 @@
 """The wrapper that ``EMACallback`` puts around the optimizer which the Trainer has made."""
 
+import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer
 
 from .._checkpoint import carry, read
+from .._checkpoint.strip import strip_ema_state_dict
 from .._engines.sharding import is_sharded
+from .._forwarding import call_if_there
+from .._shadow import names
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 
@@ -14,12 +22,38 @@ class TrainerEMAOptimizer(EMAOptimizer):
     """The wrapper that the callback makes: its checkpoints load into the bare optimizer as well.
 
     The Trainer loads ``optimizer.pt`` into the optimizer that it has made, before any callback is
-    called; see ``ema_optim._carry`` for what that would do to an EMA in the state.
+    called; see ``ema_optim._checkpoint.carry`` for what that would do to an EMA in the state.
+
+    Once its callback is taken out of the Trainer it does what the inner optimizer does, and no
+    more: nobody would put the training weights back after an evaluation.
     """
 
     trainer_state: Any = None
+    attended: Callable[[], bool] | None = None  # whether the callback is still in the Trainer
+    missed = False  # whether a step was made without the callback
+
+    def _is_alone(self) -> bool:
+        if self.attended is None or self.attended():
+            return False
+        if self.swapped:
+            self.train()
+        return True
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if not self._is_alone():
+            return super()._step(closure)
+        self.missed = True
+        return self.inner.step() if closure is None else self.inner.step(closure)
+
+    def eval(self) -> None:
+        """Put the EMA weights in until ``train()``, as long as the callback is in the Trainer."""
+        if not self._is_alone():
+            return super().eval()
+        call_if_there(self.inner, "eval")
 
     def _state_dict(self) -> dict[str, Any]:
+        if self._is_alone():
+            return strip_ema_state_dict(super()._state_dict())
         state_dict = super()._state_dict()
         step = 0 if self.trainer_state is None else self.trainer_state.global_step
         groups = [{**group, "ema_global_step": step} for group in state_dict["param_groups"]]
@@ -28,6 +62,33 @@ class TrainerEMAOptimizer(EMAOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy."""
         return {**super().__getstate__(), "trainer_state": self.trainer_state}
+
+
+def running_trainer() -> "weakref.ref[Trainer] | None":
+    """The Trainer that is calling a callback now.
+
+    A callback is told neither who calls it, nor that it is taken out, nor into which folder a trial
+    of a hyperparameter search writes.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        # In locals, not by the code's name: subclasses override what they like.
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return weakref.ref(owner)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def renewed(old: TrainerEMAOptimizer, options: dict[str, Any]) -> TrainerEMAOptimizer:
+    """Another wrapper of the same optimizer, with other options; the EMA goes on in it."""
+    old.train()
+    saved = None if old.missed else carry.uncarry(EMAOptimizer._state_dict(old))
+    made = TrainerEMAOptimizer(old.inner, **options)
+    if saved is not None:
+        read.read(made._ema, made.param_groups, saved).install(made._ema)
+        made._mark_groups()
+    return made
 
 
 def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
@@ -57,8 +118,9 @@ def refuse_engines(accelerated: Any, args: Any) -> None:
         raise TypeError(f"the Trainer's optimizer must be Accelerate's, got {type(accelerated)}")
     if getattr(args, "deepspeed", None):
         raise RuntimeError(
-            "EMACallback under DeepSpeed: a swap would not reach the weights of the forward. Use "
-            "DDP, or EMAOptimizer without a swap"
+            "EMACallback under DeepSpeed: DeepSpeed trains copies of the weights, which a swap "
+            "would not bring into the model, and an EMAOptimizer given to it has the same fault. "
+            "Use DDP or FSDP2, or train without an EMA"
         )
     params = [p for group in accelerated.param_groups for p in group["params"]]
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
@@ -71,4 +133,29 @@ def refuse_engines(accelerated: Any, args: Any) -> None:
             "EMACallback under FSDP2 must find an EMAOptimizer, since the Trainer loads a sharded "
             "checkpoint before any callback is called: pass Trainer(optimizer_cls_and_kwargs="
             "(EMAOptimizer.for_class(AdamW, decay=0.999), {'lr': 1e-4}))"
+        )
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Raise RuntimeError or ValueError where weights are trained past the optimizer's ``step()``.
+
+    Args:
+        optimizer: The Trainer's, without Accelerate's wrapper.
+        model: The model that is trained.
+    """
+    inner = optimizer.inner if isinstance(optimizer, EMAOptimizer) else optimizer
+    if (kind := type(inner).__name__) in ("Lomo", "AdaLomo"):
+        raise RuntimeError(
+            f"EMACallback with {kind}: it moves the weights inside the backward pass, where no "
+            "step is seen. Use another optim, or EMAModel and call update() after each step"
+        )
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    trained = names.named_parameters(model).items()
+    missing = [name for name, p in trained if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            "the optimizer must hold every trainable weight of the model, it lacks "
+            f"{', '.join(missing)}: freeze them by requires_grad_(False), or give them to the "
+            "optimizer. A layer-wise optimizer steps inside the backward pass, past the "
+            "optimizer that the Trainer sees: leave 'layerwise' out of optim"
         )

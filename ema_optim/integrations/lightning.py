@@ -1,19 +1,16 @@
 """``EMAWeights``: the EMA of the weights in a Lightning ``Trainer``."""
 
-from collections.abc import Mapping
 from copy import copy
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .._arithmetic.formats import EMADtype
-from .._shadow.options import same_option
-from .._shadow.shadow_set import ShadowSet
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
-from ..schedules import Decay, compute_optimal_decay
+from ..schedules import Decay
 
 try:
     import lightning.pytorch as pl
@@ -24,7 +21,16 @@ except ImportError:
         message = 'EMAWeights needs Lightning: pip install "ema_optim[lightning]"'
         raise ImportError(message) from error
 
-_DEFAULTS = {"decay": None, "update_every": 1, "update_after_step": 0, "dtype": None}
+from ._options import EMAOptions
+
+
+class LightningEMAOptimizer(EMAOptimizer):
+    """The wrapper that the callback makes."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The inner optimizer, where ``LearningRateMonitor`` looks for the one to name."""
+        return self.inner
 
 
 class EMAWeights(pl.Callback):  # type: ignore[misc]
@@ -78,11 +84,7 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
         update_after_step: int = 0,
         dtype: EMADtype = None,
     ) -> None:
-        to_check: Any = 0.0 if decay is None or decay == "auto" else decay
-        ShadowSet(to_check, update_every, update_after_step, dtype)  # raises
-        given = (decay, update_every, update_after_step, dtype)
-        named = zip(_DEFAULTS, given, strict=True)
-        self._options = {name: value for name, value in named if value != _DEFAULTS[name]}
+        self._options = EMAOptions(decay, update_every, update_after_step, dtype)
         self._optimizers: list[EMAOptimizer] = []  # of the last fit
         self._swapped: list[EMAOptimizer] = []
 
@@ -99,8 +101,11 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Wrap the optimizers; Lightning restores their states from a checkpoint after this."""
         _check_trainer(trainer)
-        options = _resolved(self._options, trainer)
-        self._optimizers = [_wrap(optimizer, options) for optimizer in trainer.optimizers]
+        # Only for "auto": Lightning sets the training's loader up to know them.
+        steps = trainer.estimated_stepping_batches if self._options.decay == "auto" else 0
+        self._optimizers = [
+            _wrap(optimizer, self._options, steps) for optimizer in trainer.optimizers
+        ]
         trainer.optimizers = self._optimizers
 
     def _swap_in(self, trainer: Any, pl_module: Any) -> None:
@@ -139,17 +144,8 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Begin a resumed fit at the training weights; ``state_dict`` has just been loaded."""
         if trainer.state.fn == "fit" and "current_model_state" in checkpoint:
-            state = checkpoint["current_model_state"]
+            state = _migrated(pl_module, checkpoint)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
-
-
-def _resolved(options: dict[str, Any], trainer: Any) -> dict[str, Any]:
-    if options.get("decay") != "auto":
-        return options
-    steps = trainer.estimated_stepping_batches
-    if not 1 <= steps < float("inf"):
-        raise ValueError(f"decay='auto' must know the steps of the run, got {steps}: set max_steps")
-    return {**options, "decay": compute_optimal_decay(steps)}
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -167,16 +163,28 @@ def _check_trainer(trainer: Any) -> None:
         )
 
 
-def _wrap(optimizer: Optimizer, options: Mapping[str, Any]) -> EMAOptimizer:
+def _wrap(optimizer: Optimizer, options: EMAOptions, steps: float) -> EMAOptimizer:
     if not isinstance(optimizer, EMAOptimizer):
-        return EMAOptimizer(optimizer, **options)
-    for name, value in options.items():
-        if not same_option(value, own := getattr(optimizer._ema, name)):
-            raise ValueError(
-                f"{name} must be that of the EMAOptimizer from configure_optimizers ({own}), got "
-                f"{value}: leave it out of EMAWeights, or return the inner optimizer"
-            )
+        return LightningEMAOptimizer(optimizer, **options.resolved(steps))
+    options.check_same(optimizer, steps, "from configure_optimizers")
     return optimizer
+
+
+def _migrated(model: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The training weights of a checkpoint as the module's ``on_load_checkpoint`` changes them.
+
+    Lightning has called it once, on the EMA weights.
+    """
+    training = {**checkpoint, "state_dict": copy(checkpoint["current_model_state"])}
+    try:
+        model.on_load_checkpoint(training)
+    except Exception as error:
+        raise RuntimeError(
+            "on_load_checkpoint of the LightningModule must change the training weights as it has "
+            f"changed the EMA weights, the second call failed ({error!r}): have it take a "
+            "checkpoint again, with other weights under 'state_dict'"
+        ) from error
+    return cast(dict[str, Any], training["state_dict"])
 
 
 def _part_weights(optimizer: EMAOptimizer, model: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,10 +13,9 @@ from .._engines import adapters
 from .._engines.sharding import whole_on_first_rank
 from .._shadow import names
 from .._shadow.options import check_tensor, same_option
-from .._shadow.shadow_set import ShadowSet
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
-from ..schedules import Decay, check_decay, compute_optimal_decay
+from ..schedules import Decay
 
 try:
     from accelerate.optimizer import patch_optimizer_step
@@ -26,7 +26,15 @@ except ImportError as error:
     ) from error
 
 from . import _pretrained
-from ._trainer_optimizer import TrainerEMAOptimizer, refuse_engines, take_over
+from ._options import EMAOptions
+from ._trainer_optimizer import (
+    TrainerEMAOptimizer,
+    check_optimizer,
+    refuse_engines,
+    renewed,
+    running_trainer,
+    take_over,
+)
 
 # The attribute of an optimizer that tells whether another callback has begun the same training.
 _BEGUN = "ema_trainer_state"
@@ -75,19 +83,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if evaluate_with not in ("ema", "training"):
             raise ValueError(f"evaluate_with must be 'ema' or 'training', got {evaluate_with!r}")
-        self.decay = decay if decay is None or decay == "auto" else check_decay(decay)
-        self.options: dict[str, Any] = {
-            "update_every": update_every,
-            "update_after_step": update_after_step,
-            "dtype": dtype,
-        }
-        ShadowSet(0.0, update_every, update_after_step, dtype)  # checks them
+        self.options = EMAOptions(decay, update_every, update_after_step, dtype)
         self.evaluate_with, self.save_ema = evaluate_with, save_ema
         self.optimizer: EMAOptimizer | None = None
         self.model: nn.Module | None = None
         self._loaded: dict[str, Tensor] | None = None
         self._original: dict[nn.Module, dict[str, Tensor]] = {}
         self._holds_best = False
+        self._trainer: Any = None  # a weak reference to the Trainer of the last training
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy, which take no weak reference."""
+        return {**self.__dict__, "_trainer": None}
 
     def apply_ema(self, model: nn.Module) -> None:
         """Copy the EMA weights into ``model``, one way, until ``restore_original(model)``.
@@ -178,8 +185,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "load_best_model_at_end must find the EMA weights in the checkpoint, got "
                 "save_only_model=True and save_ema=False: set one of them back"
             )
-        self.model = kwargs["model"]
-        self.optimizer = self._find_or_wrap(kwargs["optimizer"], args, state)
+        refuse_engines(kwargs["optimizer"], args)
+        check_optimizer(kwargs["optimizer"].optimizer, kwargs["model"])
+        self.model, self._trainer = kwargs["model"], running_trainer()
+        self.optimizer = self._find_or_wrap(kwargs["optimizer"], state)
         self.optimizer.train()  # an earlier evaluation may have failed half-way
         self._original, self._holds_best = {}, False
         self._set_eval_swaps()
@@ -187,16 +196,22 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self.optimizer.load_ema_state(self.model, self._loaded)
         self._loaded = None
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the training weights back after the last batch: not every loop ends in an event."""
+        if getattr(kwargs.get("eval_dataloader"), "end_of_dataloader", False):  # Accelerate's
+            self.on_evaluate(args, state, control, **kwargs)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the training weights back.
 
         Raises:
             RuntimeError: The evaluation has left LoRA adapters merged (they are unmerged then).
         """
-        if self.optimizer is None:
+        optimizer, model = _ema_optimizer(kwargs), kwargs.get("model")
+        if optimizer is None:
             return
-        undone = self.optimizer.swapped and self.model is not None and adapters.unmerge(self.model)
-        self._put_back()
+        undone = optimizer.swapped and model is not None and adapters.unmerge(model)
+        _put_back(optimizer)
         if undone:
             adapters.raise_unmerged()
 
@@ -204,9 +219,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the EMA's decay and its distance from the weights."""
-        if self.optimizer is None or logs is None:
+        optimizer = _ema_optimizer(kwargs)
+        if optimizer is None or logs is None:
             return
-        metrics = self.optimizer.ema_metrics()
+        metrics = optimizer.ema_metrics()
         if not metrics["ema_updates"]:
             return
         shown = {key: metrics[key] for key in ("ema_decay", "ema_distance")}
@@ -219,76 +235,60 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self.optimizer is None or not self.save_ema:
             return
         model, checkpoint = kwargs["model"], f"checkpoint-{state.global_step}"
-        checkpoint = os.path.join(args.output_dir, checkpoint)
+        checkpoint = os.path.join(self._run_folder(args), checkpoint)
         writes = args.should_save and _pretrained.is_there(checkpoint)
         if not writes and not _pretrained.sharded(model):
             return
-        self._put_back()  # an evaluation may have failed half-way
-        folder = _pretrained.ema_folder(model, checkpoint)
-        with self.optimizer.swap_ema_weights():
+        _put_back(self.optimizer)  # an evaluation may have failed half-way
+        with self.optimizer.swap_ema_weights(), _pretrained.written_aside(checkpoint) as aside:
+            folder = _pretrained.ema_folder(model, aside)
             _pretrained.save_model(model, folder, writes)
-        if writes and kwargs.get("processing_class") is not None:
-            kwargs["processing_class"].save_pretrained(folder)
+            if writes and kwargs.get("processing_class") is not None:
+                kwargs["processing_class"].save_pretrained(folder)
+
+    def _run_folder(self, args: Any) -> str:
+        """Where the checkpoints of this run are: a trial of a search has its own folder."""
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is None or getattr(trainer, "_trial", None) is None:
+            return str(args.output_dir)
+        return str(trainer._get_output_dir(trainer._trial))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the training weights in, or the EMA weights of the best checkpoint."""
         if self.optimizer is None:
             return
-        self._put_back()
+        _put_back(self.optimizer)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and self.evaluate_with == "ema":
             _pretrained.load_best(self.optimizer, kwargs["model"], best)
             self._holds_best = True
             self._set_eval_swaps()
 
-    def _put_back(self) -> None:
-        # Not train(): that would also put a schedule-free optimizer's training weights into the
-        # model, where a run without the callback still has those of its eval().
-        if self.optimizer is not None:
-            self.optimizer.put_back()
-
-    def _find_or_wrap(self, accelerated: Any, args: Any, state: Any) -> EMAOptimizer:
-        refuse_engines(accelerated, args)
+    def _find_or_wrap(self, accelerated: Any, state: Any) -> EMAOptimizer:
         found = accelerated.optimizer
-        if not isinstance(found, EMAOptimizer):
-            found = self._wrap(accelerated, state)
-        elif getattr(found, _BEGUN, None) is state:
+        if getattr(found, _BEGUN, None) is state:
             raise ValueError("the Trainer must have one EMACallback, got two: remove one of them")
-        if isinstance(found, TrainerEMAOptimizer):
-            found.trainer_state = state
+        if isinstance(found, EMAOptimizer) and not isinstance(found, TrainerEMAOptimizer):
+            self.options.check_same(found, state.max_steps, "which the Trainer was given")
         else:
-            self._check_same(found, state)
+            found = self._wrapper(accelerated, state)
         setattr(found, _BEGUN, state)
         take_over(found, state.global_step)
         return found
 
-    def _check_same(self, found: EMAOptimizer, state: Any) -> None:
-        given = {"decay": None if self.decay is None else self._decay(state), **self.options}
-        defaults = {"decay": None, "update_every": 1, "update_after_step": 0, "dtype": None}
-        for name, value in given.items():
-            own = getattr(found._ema, name)
-            if value != defaults[name] and not same_option(value, own):
-                raise ValueError(
-                    f"{name} must be that of the EMAOptimizer which the Trainer was given ({own}), "
-                    f"got {value}: leave it out here, or set it there"
-                )
-
-    def _decay(self, state: Any) -> Decay:
-        if self.decay == "auto":
-            return compute_optimal_decay(state.max_steps)
-        return 0.999 if self.decay is None else self.decay
-
-    def _wrap(self, accelerated: Any, state: Any) -> EMAOptimizer:
-        inner = accelerated.optimizer
-        made = TrainerEMAOptimizer(inner, self._decay(state), **self.options)
-        accelerated.optimizer = made
-        if accelerated.scaler is not None:
-            # Accelerate has kept the inner optimizer's step to call it through the scaler.
-            accelerated._optimizer_original_step_method = made.step
-            accelerated._optimizer_patched_step_method = patch_optimizer_step(
-                accelerated, made.step
-            )
-        return made
+    def _wrapper(self, accelerated: Any, state: Any) -> TrainerEMAOptimizer:
+        """A wrapper with the options of this training, the one that is there if it has them."""
+        found, options = accelerated.optimizer, self.options.resolved(state.max_steps)
+        if not isinstance(found, TrainerEMAOptimizer):
+            found = TrainerEMAOptimizer(found, **options)
+        elif found.missed or any(
+            not same_option(value, getattr(found._ema, name)) for name, value in options.items()
+        ):
+            found = renewed(found, options)
+        if found is not accelerated.optimizer:
+            _put_into(accelerated, found)
+        found.trainer_state, found.attended = state, partial(_is_in, self._trainer, self)
+        return found
 
     def _set_eval_swaps(self) -> None:
         if self.optimizer is None:
@@ -299,3 +299,29 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         )
         in_model = applied or self._holds_best  # what is to be evaluated is in the model already
         self.optimizer.evaluate_with_ema(self.evaluate_with == "ema" and not in_model)
+
+
+def _put_into(accelerated: Any, made: EMAOptimizer) -> None:
+    accelerated.optimizer = made
+    if accelerated.scaler is not None:
+        # Accelerate has kept the inner optimizer's step to call it through the scaler.
+        accelerated._optimizer_original_step_method = made.step
+        accelerated._optimizer_patched_step_method = patch_optimizer_step(accelerated, made.step)
+
+
+def _ema_optimizer(kwargs: Mapping[str, Any]) -> EMAOptimizer | None:
+    """That of the Trainer which calls now: a callback may serve several."""
+    found = getattr(kwargs.get("optimizer"), "optimizer", None)
+    return found if isinstance(found, EMAOptimizer) else None
+
+
+def _put_back(optimizer: EMAOptimizer) -> None:
+    # Not train(): that would also put a schedule-free optimizer's training weights into the
+    # model, where a run without the callback still has those of its eval().
+    optimizer.put_back()
+
+
+def _is_in(trainer: Any, callback: TrainerCallback) -> bool:
+    """Whether a callback is in the Trainer of a weak reference, as far as one can know."""
+    there = None if trainer is None else trainer()
+    return there is None or callback in there.callback_handler.callbacks

@@ -1,0 +1,35 @@
+"""Parameters that an engine has replaced by tensors of its own, behind the optimizer's back.
+
+DeepSpeed's ZeRO puts flat fp32 masters, or one partition of them, into the param groups of the
+optimizer that it was given, and so do its fp16 wrappers; the model's own parameters are copies of
+these from then on. A swap of the masters does not reach the model.
+"""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+def refuse_replaced(old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where an engine has taken the model's parameters out of the groups.
+
+    Known by the kind: models hold ``nn.Parameter``, masters are plain tensors. Parameters that
+    give way to other parameters (FSDP2, pruning), and tensors that are added beside them, pass.
+
+    Args:
+        old: The parameters that were in the param groups before.
+        new: Those that are there now.
+    """
+    before, now = list(old), list(new)
+    known, kept = set(map(id, before)), set(map(id, now))
+    gone = any(isinstance(param, nn.Parameter) and id(param) not in kept for param in before)
+    if not gone:
+        return
+    for tensor in now:
+        if id(tensor) not in known and not isinstance(tensor, nn.Parameter):
+            raise RuntimeError(
+                "param_groups must hold the model's parameters, an engine (DeepSpeed?) has put a "
+                f"plain tensor of shape {tuple(tensor.shape)} in their place: a swap would not "
+                "reach the model. Give the engine the inner optimizer without EMAOptimizer; or "
+                "shard the model with FSDP2"
+            )

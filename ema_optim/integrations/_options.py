@@ -1,0 +1,75 @@
+"""The options of ``EMAOptimizer`` that a trainer's callback hands on."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .._arithmetic.formats import EMADtype
+from .._shadow.options import check_count, check_dtype, same_option
+from ..optimizer import EMAOptimizer
+from ..schedules import Decay, check_decay, compute_optimal_decay
+
+
+@dataclass(frozen=True, eq=False)
+class EMAOptions:
+    """What a callback was given; a value that is its default leaves the choice to the optimizer.
+
+    Args:
+        decay: As for ``EMAOptimizer``, or "auto", or None.
+        update_every: As for ``EMAOptimizer``.
+        update_after_step: As for ``EMAOptimizer``.
+        dtype: As for ``EMAOptimizer``.
+
+    Raises:
+        ValueError, TypeError: A value is out of its range.
+    """
+
+    decay: Decay | Literal["auto"] | None = None
+    update_every: int = 1
+    update_after_step: int = 0
+    dtype: EMADtype = None
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and self.decay != "auto":
+            check_decay(self.decay)
+        check_count("update_every", self.update_every, least=1)
+        check_count("update_after_step", self.update_after_step, least=0)
+        check_dtype(self.dtype)
+
+    def resolved(self, steps: float) -> dict[str, Any]:
+        """What ``EMAOptimizer`` takes, in a run of so many optimizer steps.
+
+        Raises:
+            ValueError: ``decay`` is "auto" and the run has no end.
+        """
+        given: dict[str, Any] = dict(vars(self))  # not asdict(): it would copy a schedule
+        if self.decay == "auto":
+            if not 1 <= steps < float("inf"):
+                raise ValueError(
+                    f"decay='auto' must know the steps of the run, got {steps}: set max_steps"
+                )
+            given["decay"] = compute_optimal_decay(int(steps))
+        return {**given, "decay": 0.999 if given["decay"] is None else given["decay"]}
+
+    def differences(self, optimizer: EMAOptimizer, steps: float) -> dict[str, tuple[Any, Any]]:
+        """The options that were set here otherwise than in an optimizer: (here, there)."""
+        wanted = self.resolved(steps)
+        return {
+            name: (wanted[name], own)
+            for name, default in vars(EMAOptions()).items()
+            if getattr(self, name) != default
+            and not same_option(wanted[name], own := getattr(optimizer._ema, name))
+        }
+
+    def check_same(self, optimizer: EMAOptimizer, steps: float, whose: str) -> None:
+        """Raise ValueError where an option is not that of the user's own optimizer.
+
+        Args:
+            optimizer: The user's own.
+            steps: The optimizer steps of the run.
+            whose: Which optimizer that is, for the message.
+        """
+        for name, (here, there) in self.differences(optimizer, steps).items():
+            raise ValueError(
+                f"{name} must be that of the EMAOptimizer {whose} ({there}), got {here}: leave it "
+                "out of the callback, or set it there"
+            )
