@@ -71,7 +71,7 @@ def test_accelerate_shards_saves_and_resumes_bit_for_bit(world, states, tmp_path
 
 def sharded_fit(model, folder, *callbacks, states="FULL_STATE_DICT", resume=None, **options):
     """A Trainer's run whose layers are sharded by FSDP2."""
-    from test_transformers import make
+    from trainers import make
     from transformers import TrainingArguments
 
     logging.disable(logging.WARNING)
@@ -103,7 +103,7 @@ def class_of(wraps):
 @pytest.mark.parametrize("states", STATES)
 @on_ranks(2)
 def test_a_sharded_trainer_trains_as_without_the_callback_and_resumes(world, states, tmp_path):
-    from test_transformers import llama, saves
+    from trainers import llama, saves
 
     options = {"states": states, **saves(4, evaluate=2)}
     bare = sharded_fit(llama(), tmp_path / "bare", **class_of(False), **options)
@@ -120,7 +120,7 @@ def test_a_sharded_trainer_trains_as_without_the_callback_and_resumes(world, sta
 
 def loss_of(model):
     """The Trainer's evaluation of a whole model."""
-    from test_transformers import EVAL
+    from trainers import EVAL
 
     rows = [[row[key] for row in EVAL] for key in ("input_ids", "labels")]
     halves = zip(*(torch.stack(column).split(4) for column in rows), strict=True)
@@ -131,7 +131,7 @@ def loss_of(model):
 @pytest.mark.parametrize("states", STATES)
 @on_ranks(2)
 def test_the_ema_of_a_sharded_trainer_is_evaluated_and_deployed(world, states, tmp_path):
-    from test_transformers import llama, saves
+    from trainers import llama, saves
     from transformers import LlamaForCausalLM
 
     callback, options = EMACallback(), {"states": states, **saves(4), **class_of(True)}
@@ -153,7 +153,7 @@ def test_the_ema_of_a_sharded_trainer_is_evaluated_and_deployed(world, states, t
 # With sharded state dicts transformers looks for the best checkpoint before its folder is made.
 @on_ranks(2)
 def test_a_sharded_trainer_ends_with_the_ema_weights_of_the_best_checkpoint(world, tmp_path):
-    from test_transformers import llama, saves
+    from trainers import llama, saves
     from transformers import LlamaForCausalLM
 
     options = {**saves(2, evaluate=2), **class_of(True)}
@@ -166,7 +166,7 @@ def test_a_sharded_trainer_ends_with_the_ema_weights_of_the_best_checkpoint(worl
 
 @on_ranks(2)
 def test_a_callback_alone_is_refused_under_fsdp_with_the_remedy(world, tmp_path):
-    from test_transformers import llama
+    from trainers import llama
 
     with pytest.raises(RuntimeError, match="optimizer_cls_and_kwargs"):
         sharded_fit(llama(), tmp_path, EMACallback(DECAY))

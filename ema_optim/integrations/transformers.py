@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -265,7 +265,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self._set_eval_swaps()
 
     def _find_or_wrap(self, accelerated: Any, state: Any) -> EMAOptimizer:
-        found = accelerated.optimizer
+        found: Any = accelerated.optimizer
         if getattr(found, _BEGUN, None) is state:
             raise ValueError("the Trainer must have one EMACallback, got two: remove one of them")
         if isinstance(found, EMAOptimizer) and not isinstance(found, TrainerEMAOptimizer):
@@ -274,7 +274,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             found = self._wrapper(accelerated, state)
         setattr(found, _BEGUN, state)
         take_over(found, state.global_step)
-        return found
+        return cast(EMAOptimizer, found)
 
     def _wrapper(self, accelerated: Any, state: Any) -> TrainerEMAOptimizer:
         """A wrapper with the options of this training, the one that is there if it has them."""
@@ -288,7 +288,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if found is not accelerated.optimizer:
             _put_into(accelerated, found)
         found.trainer_state, found.attended = state, partial(_is_in, self._trainer, self)
-        return found
+        return cast(TrainerEMAOptimizer, found)
 
     def _set_eval_swaps(self) -> None:
         if self.optimizer is None:
