@@ -37,8 +37,8 @@ def test_stale_ema_of_the_best_checkpoint_is_not_loaded(tmp_path):
     fit(llama(), tmp_path, EMACallback(DECAY), **saves(4), **SLOW, max_steps=4)
     between = fit(llama(), tmp_path, resume=tmp_path / "checkpoint-4", **best(8), **SLOW)
     wanted = parameters(between.model)
+    options = {"resume": tmp_path / "checkpoint-8", "max_steps": 12, **SLOW}
     with pytest.warns(UserWarning, match="holds no EMA of step 8") as record:
-        options = {"resume": tmp_path / "checkpoint-8", "max_steps": 12, **SLOW}
         trainer = fit(llama(5), tmp_path, EMACallback(DECAY), **best(0), **options)
     assert trainer.state.best_global_step == 8
     assert len(record) == 2  # at the resume, and at the end
@@ -54,7 +54,8 @@ def trial(trainer, number):
     trainer.train(trial=trainer._trial)
 
 
-def test_trial_writes_its_ema_into_its_own_folder(tmp_path):
+def test_trial_writes_its_ema_into_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda _: {})
     trainer = make(llama(), tmp_path, EMACallback(DECAY), **saves(4))
     trainer.train()
     main = load_file(tmp_path / "checkpoint-4/ema/model.safetensors")
