@@ -10,7 +10,8 @@ from ._arithmetic.formats import EMADtype
 from ._checkpoint import layout, read
 from ._engines import adapters
 from ._shadow import names, report, swap
-from ._shadow.buffers import AveragedBuffers, HeldBuffers, Wanted, temporary_buffers
+from ._shadow.buffers import HeldBuffers, Wanted
+from ._shadow.model_groups import ModelGroups
 from ._shadow.movement import Movement
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
@@ -78,15 +79,17 @@ class EMAModel:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model)}")
         self.model = model
-        self._ema = ShadowSet(decay, update_every, update_after_step, dtype, reseeds=False)
-        self._buffers = AveragedBuffers(use_buffers)
+        self._source = ModelGroups(model, use_buffers)
+        self._ema = ShadowSet(
+            self._source, decay, update_every, update_after_step, dtype, sees_steps=False
+        )
         self._movement = Movement()
         self.reset()
 
     @property
     def use_buffers(self) -> Wanted:
         """Which buffers are averaged, as given at construction."""
-        return self._buffers.wanted
+        return self._source.buffers.wanted
 
     @property
     def swapped(self) -> bool:
@@ -103,10 +106,10 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("reset()")
-        groups = self._groups(anew=True)
-        swap.refuse_others(self._ema, groups, "reset()")
+        self._source.look(self._ema, anew=True)
+        swap.refuse_others(self._ema, "reset()")
         self._ema.clear()
-        slots = {param: self._ema.birth(param) for param in self._ema.members(groups)}
+        slots = {param: self._ema.birth(param) for param in self._ema.members()}
         read.Loaded(slots).install(self._ema)
 
     def update(self) -> None:
@@ -116,11 +119,11 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("update()")
-        groups = self._groups()
+        self._source.look(self._ema)
         with self._ema.swap.alone("update()"):
-            swap.refuse_others(self._ema, groups, "update()")
-            self._ema.finish_step(self._ema.begin_step(groups))
-        if "rests" not in self._ema.warned and self._movement.rests(groups[0]["params"]):
+            swap.refuse_others(self._ema, "update()")
+            self._ema.finish_step(self._ema.begin_step())
+        if "rests" not in self._ema.warned and self._movement.rests(self._ema.groups[0]["params"]):
             self._ema.warned.add("rests")
             warn(
                 "update() was called although the weights had not moved, at 3 of the last 4 "
@@ -154,7 +157,8 @@ class EMAModel:
             return
         self._refuse_in_block("use_ema()")
         adapters.refuse_merged(self.model)
-        with swap.block(self._ema, self._groups(), "use_ema()", self.model):
+        self._source.look(self._ema)
+        with swap.block(self._ema, "use_ema()", self.model):
             held = HeldBuffers(self.model)
             try:
                 yield
@@ -177,10 +181,10 @@ class EMAModel:
             RuntimeError: Another object has its EMA weights in the model.
         """
         swap.recover(self._ema)
-        groups = self._groups()
-        swap.refuse_others(self._ema, groups, "apply_ema()")
-        report.check_export(self._ema, groups)
-        swap.apply(self._ema, groups)
+        self._source.look(self._ema)
+        swap.refuse_others(self._ema, "apply_ema()")
+        report.check_export(self._ema)
+        swap.apply(self._ema)
 
     def get_ema_state(self) -> dict[str, Tensor]:
         """The EMA weights by name, without touching the model; right at any time.
@@ -190,14 +194,15 @@ class EMAModel:
             buffer), ready for ``model.load_state_dict(strict=False)`` and for safetensors.
         """
         swap.recover(self._ema)
-        groups = self._groups()
-        report.check_export(self._ema, groups)
-        return names.ema_state(self._ema, groups, self.model)
+        self._source.look(self._ema)
+        report.check_export(self._ema)
+        return names.ema_state(self._ema, self.model)
 
     def ema_metrics(self) -> dict[str, float]:
         """The health of the EMA; keys and meaning as ``EMAOptimizer.ema_metrics()``."""
         swap.recover(self._ema)
-        return report.metrics(self._ema, self._groups())
+        self._source.look(self._ema)
+        return report.metrics(self._ema)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs beside the model's own state dict.
@@ -209,7 +214,7 @@ class EMAModel:
         groups = self._saved_groups()
         packed = [{"params": g["param_names"], "ema_params": self._averaged(g)} for g in groups]
         empty = {"state": {}, "param_groups": packed}
-        return layout.merge(empty, groups, self._ema, may_be_swapped=False)
+        return layout.merge(empty, self._ema)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict()`` returned, bit for bit; before or after the model's own.
@@ -230,28 +235,16 @@ class EMAModel:
         named = [{**g, "params": list(g["param_names"])} for g in groups]
         pairs = zip(state_dict["param_groups"], named, strict=False)  # buffers may be left out
         saved = {**state_dict, "param_groups": [{**old, **new} for old, new in pairs]}
-        read.read(self._ema, groups, saved).install(self._ema)
+        read.read(self._ema, saved).install(self._ema)
 
     def _averaged(self, group: Group) -> list[str]:
         pairs = zip(group["params"], group["param_names"], strict=True)
         return [name for tensor, name in pairs if self._ema.find(tensor) is not None]
 
-    def _groups(self, anew: bool = False) -> list[Group]:
-        # Walked at every call: a module that was replaced must not leave the EMA behind on it.
-        params = names.unique(names.named_parameters(self.model))
-        groups: list[Group] = [{"params": list(params), "param_names": list(params.values())}]
-        if buffers := names.unique(self._buffers.find(self.model, self._ema, anew)):
-            groups.append(_buffer_group(buffers))
-        return groups
-
     def _saved_groups(self) -> list[Group]:
-        params, *buffers = self._groups()
-        temporary = temporary_buffers(self.model)
-        for group in buffers:
-            pairs = zip(group["params"], group["param_names"], strict=True)
-            if lasting := {b: name for b, name in pairs if b not in temporary}:
-                return [params, _buffer_group(lasting)]
-        return [params]
+        self._source.look(self._ema)
+        self._source.leave_temporary()
+        return self._ema.groups
 
     def _refuse_in_block(self, what: str) -> None:
         swap.recover(self._ema)
@@ -264,11 +257,6 @@ class EMAModel:
         """For pickle and deepcopy."""
         swap.recover(self._ema)
         return self.__dict__
-
-
-def _buffer_group(buffers: Mapping[Tensor, str]) -> Group:
-    own = list(buffers.values())
-    return {"params": list(buffers), "param_names": own, "ema_buffers": True}
 
 
 def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:

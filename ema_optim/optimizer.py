@@ -90,12 +90,11 @@ class EMAOptimizer(ForwardingOptimizer):
         module: nn.Module | None = None,
     ) -> None:
         check_inner(optimizer)
-        shadow = ShadowSet(decay, update_every, update_after_step, dtype, module)
+        shadow = ShadowSet(optimizer, decay, update_every, update_after_step, dtype, module)
         if layout.clear_reserved(optimizer):
             shadow.warned.add("cold")
         super().__init__(optimizer)
         self._ema = shadow
-        shadow.source = optimizer
         self._view = StateView(optimizer, shadow)
         shadow.given = list(map(layout.options_of, self.param_groups))
         self._mark_groups()
@@ -119,9 +118,9 @@ class EMAOptimizer(ForwardingOptimizer):
         self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         swap.recover(self._ema)
-        swap.check_can_step(self._ema, self.param_groups, closure is not None)
+        swap.check_can_step(self._ema, closure is not None)
         self._resolve_pending()
-        lane = self._ema.begin_step(self.param_groups)
+        lane = self._ema.begin_step()
         compiled = None if torch.compiler.is_compiling() else self._ema.compiled
         if compiled is not None and not compiled.refuses(args, kwargs):
             result, plan = compiled.step(self.inner, lane and lane.plan, closure)
@@ -171,7 +170,7 @@ class EMAOptimizer(ForwardingOptimizer):
             return
         self._get_ready()
         try:
-            with swap.block(self._ema, self.param_groups, "swap_ema_weights()", self._ema.module):
+            with swap.block(self._ema, "swap_ema_weights()", self._ema.module):
                 self._mark_groups()
                 yield
         finally:
@@ -187,7 +186,7 @@ class EMAOptimizer(ForwardingOptimizer):
         # The inner optimizer first: schedule-free moves the weights it finds.
         call_if_there(self.inner, "eval")
         try:
-            swap.enter_eval(self._ema, self.param_groups)
+            swap.enter_eval(self._ema)
             self._mark_groups()
         except BaseException:
             self.train()
@@ -231,9 +230,9 @@ class EMAOptimizer(ForwardingOptimizer):
             RuntimeError: Another object has its EMA weights in the parameters.
         """
         self._get_ready()
-        swap.refuse_others(self._ema, self.param_groups, "apply_ema()")
-        report.check_export(self._ema, self.param_groups)
-        swap.apply(self._ema, self.param_groups)
+        swap.refuse_others(self._ema, "apply_ema()")
+        report.check_export(self._ema)
+        swap.apply(self._ema)
         self._mark_groups()
 
     def _mark_groups(self) -> None:
@@ -249,7 +248,7 @@ class EMAOptimizer(ForwardingOptimizer):
 
     def _resolve_pending(self) -> None:
         if self._ema.mode is Mode.PENDING:
-            swap.resolve_pending(self._ema, self.param_groups)
+            swap.resolve_pending(self._ema)
             self._mark_groups()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -334,8 +333,8 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         swap.recover(self._ema)
         pending.check_model(self._ema)  # what the EMA is of may be in the model's file
-        report.check_export(self._ema, self.param_groups)
-        return names.ema_state(self._ema, self.param_groups, model)
+        report.check_export(self._ema)
+        return names.ema_state(self._ema, model)
 
     def load_ema_state(
         self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
@@ -358,7 +357,7 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         self._get_ready()
         swap.refuse_swapped(self._ema, "load_ema_state()")
-        names.load_ema_state(self._ema, self.param_groups, model, state, strict)
+        names.load_ema_state(self._ema, model, state, strict)
         self._mark_groups()
 
     def ema_metrics(self) -> dict[str, float]:
@@ -373,24 +372,24 @@ class EMAOptimizer(ForwardingOptimizer):
             summed up.
         """
         swap.recover(self._ema)
-        return report.metrics(self._ema, self.param_groups)
+        return report.metrics(self._ema)
 
     def _state_dict(self) -> dict[str, Any]:
         swap.recover(self._ema)
         inner = self.inner.state_dict()
         if nested.is_torch_form(inner, self.param_groups):
-            return layout.merge(inner, self.param_groups, self._ema)
-        return nested.nest(inner, self.param_groups, self._ema)
+            return layout.merge(inner, self._ema)
+        return nested.nest(inner, self._ema)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         swap.recover(self._ema)
         own, merged = nested.parts(state_dict, self.inner, self.param_groups)
         merged = carry.uncarry(merged)
-        loaded = read.read(self._ema, self.param_groups, merged)
+        loaded = read.read(self._ema, merged)
         before = [dict(group) for group in self.param_groups]
         self._load_inner(layout.split(merged)[0] if own is None else own)
         loaded.install(self._ema)
-        read.keep_options(self.param_groups, before, merged["param_groups"], self._ema)
+        read.keep_options(self._ema, before, merged["param_groups"])
         if (loaded.cold or own is state_dict) and "cold" not in self._ema.warned:
             self._ema.warned.add("cold")
             warn("the checkpoint holds no EMA: it begins at the weights of the next step")

@@ -95,7 +95,7 @@ def test_ema_adopted_from_the_bare_optimizer_is_the_saved_one_bit_for_bit(dtype,
     plain.load_state_dict(through_file(carry.carry(optimizer.state_dict())))
     assert carry.is_carrying(plain.param_groups)
     fresh = EMAOptimizer(plain, decay=0.1)
-    carry.adopt(fresh._ema, fresh.param_groups)
+    carry.adopt(fresh._ema)
     assert not carry.is_carrying(plain.param_groups)
     for run in (optimizer, fresh):
         run.train()
@@ -159,7 +159,7 @@ def test_damaged_entries_raise_and_name_the_parameter():
     plain.load_state_dict(carried)
     fresh = EMAOptimizer(plain, decay=0.1)
     with pytest.raises(ValueError, match=r"ema of param_groups\[1\]\['params'\]\[0\] must have"):
-        carry.adopt(fresh._ema, fresh.param_groups)
+        carry.adopt(fresh._ema)
 
 
 def test_group_that_the_bare_optimizer_was_given_later_carries_nothing_and_does_no_harm():
@@ -172,6 +172,6 @@ def test_group_that_the_bare_optimizer_was_given_later_carries_nothing_and_does_
     saved = plain.state_dict()
     assert same(strip_ema_state_dict(saved)["state"], saved["state"])
     wrapped = EMAOptimizer(plain, decay=0.1)
-    carry.adopt(wrapped._ema, wrapped.param_groups)
+    carry.adopt(wrapped._ema)
     for p in params:
         assert same(wrapped.state[p]["ema"], optimizer.state[p]["ema"])

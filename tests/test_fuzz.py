@@ -44,7 +44,7 @@ OURS = {*STATE_KEYS, *GROUP_MARKS, *GROUP_OPTIONS, "ema_entries", "marks", "para
 
 def nested_save(run):
     inner = {"theirs": run.optimizer.inner.state_dict()}
-    return nest(inner, run.optimizer.param_groups, run.optimizer._ema)
+    return nest(inner, run.optimizer._ema)
 
 
 RUNS = {

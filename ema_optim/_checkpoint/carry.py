@@ -67,12 +67,13 @@ def carried_step(groups: Sequence[Group]) -> int | None:
     )
 
 
-def adopt(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+def adopt(shadow: ShadowSet) -> None:
     """Take over the EMA that the bare inner optimizer has loaded in its param groups."""
+    groups = shadow.groups
     numbers = iter(range(sum(len(group["params"]) for group in groups)))
     packed = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
     state_dict = uncarry({"state": {}, "param_groups": packed})
-    read.read(shadow, groups, state_dict).install(shadow)
+    read.read(shadow, state_dict).install(shadow)
     drop(groups)
 
 

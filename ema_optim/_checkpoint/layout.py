@@ -79,14 +79,12 @@ def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
     return entries
 
 
-def merge(
-    packed: StateDict, groups: Sequence[Group], shadow: ShadowSet, may_be_swapped: bool = True
-) -> StateDict:
+def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
     """The inner optimizer's state dict with the EMA in it.
 
-    Without ``may_be_swapped`` no checkpoint is ever written while swapped, so that none needs room
-    for the training weights.
+    That of a model is never written while swapped, and needs no room for the training weights.
     """
+    groups = shadow.groups
     shadow.look_at_memory()
     shadow.renew_placeholders()
     found = list(packed_pairs(groups, packed["param_groups"]))
@@ -99,7 +97,7 @@ def merge(
     state = dict(packed["state"])
     for param, key in keys.items():
         if entries := slot_entries(shadow, param):
-            if not may_be_swapped:
+            if not shadow.sees_steps:
                 entries.pop("ema_weights", None)
             elif "ema_weights" in entries and param not in shadow.swapped:
                 # A copy: a distributed load writes into the tensors of a state dict, and these
@@ -108,7 +106,7 @@ def merge(
             _refuse_taken(state.get(key, {}), "the inner optimizer")
             state[key] = {**state.get(key, {}), **entries}
     pairs = list(zip(groups, packed["param_groups"], strict=True))
-    if not may_be_swapped:
+    if not shadow.sees_steps:
         marked = [{**saved, **marks(shadow, group)} for group, saved in pairs]
         return {**packed, "state": state, "param_groups": marked}
     unique: list[list[Tensor]] = [[] for _ in groups]

@@ -52,9 +52,9 @@ def is_torch_form(state_dict: object, groups: Sequence[Group]) -> bool:
     return all(len(group.get("params", ())) == len(live["params"]) for group, live in pairs)
 
 
-def nest(inner: Any, groups: Sequence[Group], shadow: ShadowSet) -> StateDict:
+def nest(inner: Any, shadow: ShadowSet) -> StateDict:
     """A checkpoint of an inner optimizer whose own dict has another form."""
-    return {"inner": _unmarked(inner), "ema": merge(bare(groups), groups, shadow)}
+    return {"inner": _unmarked(inner), "ema": merge(bare(shadow.groups), shadow)}
 
 
 def bare(groups: Sequence[Group]) -> StateDict:

@@ -48,7 +48,7 @@ class Loaded:
         shadow.trainer_step, shadow.held = self.trainer_step, self.held
 
 
-def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, Any]) -> Loaded:
+def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
     """Check the EMA in a checkpoint and copy it, changing nothing.
 
     Raises:
@@ -56,7 +56,7 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
             parameter.
     """
     check_form(state_dict)
-    saved = state_dict["param_groups"]
+    groups, saved = shadow.groups, state_dict["param_groups"]
     notes = _check_groups(groups, saved)
     pairs = list(packed_pairs(groups, saved))
     _check_states(groups, pairs, state_dict["state"])
@@ -84,15 +84,13 @@ def read(shadow: ShadowSet, groups: Sequence[Group], state_dict: Mapping[str, An
     return Loaded(slots, step, swapped, trainer_step=max(noted, default=None), held=known)
 
 
-def keep_options(
-    groups: Sequence[Group], before: Sequence[Group], saved: Sequence[Group], shadow: ShadowSet
-) -> None:
+def keep_options(shadow: ShadowSet, before: Sequence[Group], saved: Sequence[Group]) -> None:
     """Give freshly loaded groups the EMA options that go before the checkpoint's.
 
     What a group was given when it was wrapped or added wins; what was set on it later is kept where
     the checkpoint does not know it.
     """
-    for index, (group, old, new) in enumerate(zip(groups, before, saved, strict=True)):
+    for index, (group, old, new) in enumerate(zip(shadow.groups, before, saved, strict=True)):
         group.update({**options_of(old), **options_of(new), **_given(shadow, index)})
         group.update(marks(shadow, group))
 

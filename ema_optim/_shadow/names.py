@@ -1,6 +1,6 @@
 """EMA weights by parameter name: what ``get_ema_state`` and ``load_ema_state`` exchange."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from .._engines.sharding import local, reshard_model
 from .buckets import own_dtypes
 from .options import check_tensor, whole_format
 from .shadow_set import ShadowSet, no_autograd
-from .slots import Group, Slot
+from .slots import Slot
 from .store import stored
 
 # Of data-parallel wrappers, DeepSpeed's engine inside Lightning, and a module's own network.
@@ -43,9 +43,9 @@ def unique(named: Mapping[str, Tensor]) -> dict[Tensor, str]:
     return first
 
 
-def ema_state(shadow: ShadowSet, groups: Sequence[Group], model: nn.Module) -> dict[str, Tensor]:
+def ema_state(shadow: ShadowSet, model: nn.Module) -> dict[str, Tensor]:
     """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
-    members = set(shadow.members(groups))
+    members = set(shadow.members())
     names = {n: t for n, t in _named_tensors(model).items() if t in members}
     with no_autograd():
         state = {name: _whole(shadow, tensor) for tensor, name in unique(names).items()}
@@ -59,19 +59,18 @@ def ema_state(shadow: ShadowSet, groups: Sequence[Group], model: nn.Module) -> d
 
 def load_ema_state(
     shadow: ShadowSet,
-    groups: Sequence[Group],
     model: nn.Module,
     state: Mapping[str, Tensor],
     strict: bool,
 ) -> None:
     """Make ``state`` the EMA; everything is checked before anything changes."""
     named = _named_tensors(model)
-    members = set(shadow.members(groups))
+    members = set(shadow.members())
     found = _by_known_names(state, named)
     targets = {name: named[name] for name in found if name in named and named[name] in members}
     if strict:
         _check_names(found, targets, {n: t for n, t in named.items() if t in members})
-    slots, dtypes = {}, own_dtypes(groups)
+    slots, dtypes = {}, own_dtypes(shadow.groups)
     for name, param in targets.items():
         check_tensor(f"the EMA of {name}", found[name], param)
     _check_tied({name: found[name] for name in targets}, named)

@@ -7,7 +7,7 @@ checkpoint tells, so that an exchange never rests on a guess:
     written in training        the first step is refused if the model holds the EMA instead
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from .._arithmetic.fingerprint import fingerprint, kinds, kinds_of
 from .buckets import own_dtypes
 from .options import ema_format
 from .shadow_set import ShadowSet, no_autograd
-from .slots import Group
 from .store import read_, restored
 
 
@@ -83,9 +82,9 @@ def check_first_step(shadow: ShadowSet) -> None:
     shadow.held = None
 
 
-def finish_formats(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+def finish_formats(shadow: ShadowSet) -> None:
     """Bring an EMA that was exchanged in another format than this run's into that."""
-    dtypes = own_dtypes(groups)
+    dtypes = own_dtypes(shadow.groups)
     for param, slot in shadow.all_slots().items():
         wanted = ema_format(param.dtype, dtypes.get(param) or shadow.dtype)
         if slot.format != wanted:

@@ -10,22 +10,22 @@ from .._engines.quantized import apart, dense
 from .._engines.sharding import by_spread, local, locals_of, sum_over_ranks
 from .._warnings import warn
 from .shadow_set import ShadowSet, no_autograd
-from .slots import Group, Slot
+from .slots import Slot
 
 # With this much of the initial weights left in it, an EMA is worse than the training weights more
 # often than not: decay 0.9999 after 1,000 steps leaves 90 %.
 _SHARE_LIMIT = 0.1
 
 
-def metrics(shadow: ShadowSet, groups: Sequence[Group]) -> dict[str, float]:
+def metrics(shadow: ShadowSet) -> dict[str, float]:
     """The health of the EMA as floats, ready for a logger."""
-    params = shadow.members(groups)
-    decay = shadow.decay_in_force(groups)
+    params = shadow.members()
+    decay = shadow.decay_in_force()
     return {
         "ema_decay": decay,
         "ema_updates": float(updates_made(shadow)),
         "ema_window": math.inf if decay == 1.0 else 1.0 / (1.0 - decay),
-        "ema_initial_share": max((s.share for s in shadow.counted(groups).values()), default=1.0),
+        "ema_initial_share": max((s.share for s in shadow.counted().values()), default=1.0),
         "ema_distance": _distance(shadow, params),
     }
 
@@ -49,27 +49,26 @@ def updates_made(shadow: ShadowSet) -> int:
     return max(0, shadow.step - shadow.update_after_step) // shadow.update_every
 
 
-def check_export(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+def check_export(shadow: ShadowSet) -> None:
     """Warn, where the EMA is about to be read, of one that is not worth reading."""
-    check_share(shadow, groups, "export")
-    check_finite(shadow, groups)
+    check_share(shadow, "export")
+    check_finite(shadow)
 
 
-def check_share(shadow: ShadowSet, groups: Sequence[Group], kind: str) -> None:
+def check_share(shadow: ShadowSet, kind: str) -> None:
     """Warn once of an EMA that still holds much of the initial weights, or that is none.
 
     Args:
         shadow: The shadow set.
-        groups: The param groups.
         kind: "swap" or "export"; once for each.
     """
-    slots = shadow.counted(groups).values()
-    if not slots and any(group.get("ema_enabled", True) for group in groups):
+    slots = shadow.counted().values()
+    if not slots and any(group.get("ema_enabled", True) for group in shadow.groups):
         _check_averaged(shadow)
     worst = max(slots, key=lambda slot: slot.share, default=None)
     if worst is not None and worst.share > _SHARE_LIMIT and kind not in shadow.warned:
         shadow.warned.add(kind)
-        _warn_initial_share(shadow, groups, worst)
+        _warn_initial_share(shadow, worst)
 
 
 def _check_averaged(shadow: ShadowSet) -> None:
@@ -87,9 +86,9 @@ def _check_averaged(shadow: ShadowSet) -> None:
         )
 
 
-def check_finite(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+def check_finite(shadow: ShadowSet) -> None:
     """Warn of an EMA that holds NaN or infinite values (on this rank)."""
-    counted = shadow.counted(groups)
+    counted = shadow.counted()
     with no_autograd():
         bad = non_finite(locals_of(shadow.main_of(param) for param in counted))
     if bad:
@@ -100,10 +99,10 @@ def check_finite(shadow: ShadowSet, groups: Sequence[Group]) -> None:
         )
 
 
-def _warn_initial_share(shadow: ShadowSet, groups: Sequence[Group], worst: Slot) -> None:
+def _warn_initial_share(shadow: ShadowSet, worst: Slot) -> None:
     made = worst.updates // shadow.update_every
     warn(
         f"the EMA still holds {worst.share:.0%} of the initial weights: decay "
-        f"{shadow.decay_in_force(groups):.6g} after {made} updates. "
+        f"{shadow.decay_in_force():.6g} after {made} updates. "
         "Use a smaller decay (compute_optimal_decay), a warm-up (warmup_decay) or update_after_step"
     )

@@ -43,35 +43,38 @@ def no_autograd() -> Iterator[None]:
 
 
 class ShadowSet:
-    """The EMA of the parameters in a list of param groups.
+    """The EMA of the parameters in the param groups of a source.
 
     Args:
+        source: What has the ``param_groups``: the inner optimizer, which replaces them on load, or
+            a ``ModelGroups``. Asked whenever they are needed.
         decay: Float or schedule.
         update_every: Optimizer steps between two updates.
         update_after_step: Optimizer steps until averaging begins.
         dtype: How an EMA tensor is stored, see ``formats``; None is fp32 for every narrower float,
             else the parameter's own dtype. A group's own ``ema_dtype`` goes before.
         module: The module that holds the FSDP2 modules, where they are not found by themselves.
-        reseeds: Whether the first average begins at the weights of the moment before it, or (where
-            the steps are not seen) at those of the birth.
+        sees_steps: Whether the source is an optimizer, so that an average can begin at the weights
+            before a step. The average of a model begins at the weights of its birth.
     """
 
     def __init__(
         self,
+        source: Any,
         decay: Decay,
         update_every: int,
         update_after_step: int,
         dtype: EMADtype,
         module: nn.Module | None = None,
-        reseeds: bool = True,
+        sees_steps: bool = True,
     ) -> None:
+        self.source = source
         self.decay = check_decay(decay)
         self.update_every = check_count("update_every", update_every, least=1)
         self.update_after_step = check_count("update_after_step", update_after_step, least=0)
         self.dtype = check_dtype(dtype)
         self.module = check_module(module)
-        self.reseeds = reseeds
-        self.source: Any = None  # the inner optimizer, where there is one
+        self.sees_steps = sees_steps
         self.step = 0  # the largest clock: counted optimizer steps
         self.slots: dict[Tensor, Slot] = {}
         # Slots of parameters that have left the groups, for as long as somebody else has them.
@@ -101,6 +104,12 @@ class ShadowSet:
         self.absent = WeakTensorKeyDictionary(dict(state["absent"]))
 
     @property
+    def groups(self) -> list[Group]:
+        """The param groups of the moment."""
+        groups: list[Group] = self.source.param_groups
+        return groups
+
+    @property
     def mode(self) -> Mode:
         """What the parameters are used for now."""
         return self.swap.mode
@@ -110,7 +119,7 @@ class ShadowSet:
         """The slots whose EMA weights are in the parameters now."""
         return self.swap.swapped
 
-    def begin_step(self, groups: Sequence[Group]) -> Lane | None:
+    def begin_step(self) -> Lane | None:
         """Prepare one step, before the weights move.
 
         Gives birth to missing slots, seeds placeholders from the weights and checks the factors, so
@@ -123,8 +132,9 @@ class ShadowSet:
         """
         if self._taken is not None:
             raise self._taken
+        groups = self.groups
         lane = self._lane(groups)
-        if self.reseeds:
+        if self.sees_steps:
             for bucket in lane.buckets:
                 if bucket.counter.steps >= self.update_after_step and bucket.is_placeholder:
                     with no_autograd():
@@ -153,7 +163,7 @@ class ShadowSet:
                 bucket.counter.tick(self.update_after_step)
                 self.step = max(self.step, bucket.counter.steps)
                 # Without a look at the weights before a step, averaging begins here.
-                if not self.reseeds and bucket.counter.steps == self.update_after_step:
+                if not self.sees_steps and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
 
     def check_keys(self, keys: Sequence[str]) -> None:
@@ -176,9 +186,10 @@ class ShadowSet:
 
     def has_stepped(self) -> bool:
         """Whether the weights have moved, as far as can be seen, though nothing was averaged."""
-        if self.step or self.source is not None:
-            moved = self.source is not None and any(map(bool, self.source.state.values()))
-            return self.step > self.update_after_step or (moved and not self.step and not self.dry)
+        if self.step:
+            return self.step > self.update_after_step
+        if self.sees_steps:
+            return not self.dry and any(map(bool, self.source.state.values()))
         kept = self.all_slots().items()
         return not all(torch.equal(local(value_of(s.ema, s.low)), local(p)) for p, s in kept)
 
@@ -209,11 +220,11 @@ class ShadowSet:
         self.slots.pop(param, None)
         self.absent.pop(param, None)
 
-    def counted(self, groups: Sequence[Group]) -> dict[Tensor, Slot]:
+    def counted(self) -> dict[Tensor, Slot]:
         """The slots that hold an average, by parameter; placeholders are left out."""
         # By id: a tensor's own hash is a call into Python.
-        here = {id(p): g.get("ema_enabled", True) for g in groups for p in g["params"]}
-        absent = self.source is not None
+        here = {id(p): g.get("ema_enabled", True) for g in self.groups for p in g["params"]}
+        absent = self.sees_steps  # else the source is a whole model
         slots = self.all_slots().items()
         return {p: slot for p, slot in slots if slot.updates and here.get(id(p), absent)}
 
@@ -273,9 +284,9 @@ class ShadowSet:
             return param.detach()
         return slot.ema if slot.parked is None else slot.parked
 
-    def members(self, groups: Sequence[Group]) -> list[Tensor]:
-        """Unique parameters that have, or at the next step of the groups will have, an EMA."""
-        return list(dict.fromkeys([*self._enabled(groups), *self.absent.keys()]))
+    def members(self) -> list[Tensor]:
+        """Unique parameters that have, or at the next step will have, an EMA."""
+        return list(dict.fromkeys([*self._enabled(self.groups), *self.absent.keys()]))
 
     def birth(self, param: Tensor, dtype: EMADtype = None, steps: int | None = None) -> Slot:
         """A new slot that holds the parameter's weights.
@@ -310,15 +321,15 @@ class ShadowSet:
         In new tensors: the old one may be the template that a distributed load has written into.
         """
         for param, slot in self.slots.items():
-            waits = self.reseeds or slot.counter.steps < self.update_after_step
+            waits = self.sees_steps or slot.counter.steps < self.update_after_step
             if waits and not slot.updates:
                 with no_autograd():
                     slot.ema, slot.low = stored(param, param, slot.format)
                 self._lanes.clear()
 
-    def decay_in_force(self, groups: Sequence[Group]) -> float:
+    def decay_in_force(self) -> float:
         """The decay of one step now: that of the first group with an EMA."""
-        own = next((g.get("ema_decay") for g in groups if g.get("ema_enabled", True)), None)
+        own = next((g.get("ema_decay") for g in self.groups if g.get("ema_enabled", True)), None)
         decay = self.decay if own is None else own
         return decay_factor(decay, max(1, self.step - self.update_after_step), 1)
 
@@ -367,7 +378,7 @@ class ShadowSet:
         gone = {p: s for p, s in self.all_slots().items() if id(p) not in stepped}
         self.slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}
         # A model has all its parameters at any time: what is not there is gone for good.
-        left = {p: s for p, s in gone.items() if self.source and id(p) not in held}
+        left = {p: s for p, s in gone.items() if self.sees_steps and id(p) not in held}
         self.absent = WeakTensorKeyDictionary(left)
 
     def _let_go(self) -> None:

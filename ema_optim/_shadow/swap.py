@@ -13,7 +13,7 @@ under way is kept in the state (``SwapState.move``); whoever comes next puts the
 back with ``recover``, which every public call begins with.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import AbstractContextManager, _GeneratorContextManager
 from typing import Any
 
@@ -27,23 +27,21 @@ from .._warnings import warn
 from ..schedules import decay_factor
 from . import pending, record, report
 from .shadow_set import ShadowSet, no_autograd
-from .slots import Group
 from .store import read_
 from .swap_state import Mode, Move, Slots
 
 
 def block(
-    shadow: ShadowSet, groups: Sequence[Group], what: str, model: nn.Module | None = None
+    shadow: ShadowSet, what: str, model: nn.Module | None = None
 ) -> AbstractContextManager[None]:
     """Have the EMA weights in the parameters for a block, and the training weights after it.
 
     Args:
         shadow: The shadow set.
-        groups: Its param groups.
         what: The public call, for an error.
         model: The model that owns the parameters, if known: not to be loaded into meanwhile.
     """
-    return _Block(_block, (shadow, groups, what, model), {})
+    return _Block(_block, (shadow, what, model), {})
 
 
 class _Block(_GeneratorContextManager[None]):
@@ -54,9 +52,7 @@ class _Block(_GeneratorContextManager[None]):
         super().__enter__()
 
 
-def _block(
-    shadow: ShadowSet, groups: Sequence[Group], what: str, model: nn.Module | None
-) -> Generator[None, None, None]:
+def _block(shadow: ShadowSet, what: str, model: nn.Module | None) -> Generator[None, None, None]:
     state, entered = shadow.swap, False
     hooks: list[Any] = []
     try:
@@ -64,7 +60,7 @@ def _block(
             refuse_swapped(shadow, what)
             # The mode first, on both sides: an interrupt may come between any two calls.
             entered, state.mode = True, Mode.BLOCK
-            put_in(shadow, groups)
+            put_in(shadow)
         for module in model.modules() if model is not None and state.swapped else ():
             register: Any = module.register_load_state_dict_pre_hook  # torch does not type it
             hooks.append(register(record.refuse_load))
@@ -78,25 +74,25 @@ def _block(
                 put_back_for_good(shadow)
 
 
-def enter_eval(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+def enter_eval(shadow: ShadowSet) -> None:
     """Have the EMA weights in the parameters until ``put_back``, if there are any."""
     state = shadow.swap
     with state.alone("eval()"):
         if state.mode is Mode.TRAIN and state.eval_swaps:
             state.mode = Mode.EVAL
-            put_in(shadow, groups)
+            put_in(shadow)
             if not state.swapped:
                 state.mode = Mode.TRAIN
 
 
-def put_in(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+def put_in(shadow: ShadowSet) -> None:
     """Put the EMA weights in, with the warnings that they may be worth."""
-    report.check_share(shadow, groups, "swap")
-    if swap_in(shadow, groups):
-        report.check_finite(shadow, groups)
+    report.check_share(shadow, "swap")
+    if swap_in(shadow):
+        report.check_finite(shadow)
 
 
-def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
+def swap_in(shadow: ShadowSet) -> bool:
     """Put the EMA weights into the parameters. An error on the way changes nothing.
 
     Returns:
@@ -104,7 +100,7 @@ def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
     """
     state = shadow.swap
     with state.alone("a swap"):
-        counted = shadow.counted(groups)
+        counted = shadow.counted()
         if not counted:
             return False
         record.refuse_interrupted(state, counted)
@@ -119,7 +115,7 @@ def swap_in(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
                 state.move = move
                 move.put_in()
                 record.take_for_ours(state, counted, before)
-                state.groups, state.versions = groups, record.versions_of(counted)
+                state.groups, state.versions = shadow.groups, record.versions_of(counted)
                 state.swapped = counted
                 state.move = None
             except BaseException:
@@ -188,12 +184,12 @@ def recover(shadow: ShadowSet) -> None:
         put_back(shadow)
 
 
-def apply(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+def apply(shadow: ShadowSet) -> None:
     """Make the EMA weights the training weights, one way, inside a swap or outside."""
     shadow.held = None  # what the model holds from here on is meant
     state = shadow.swap
     with state.alone("apply_ema()"), no_autograd():
-        counted = state.swapped or shadow.counted(groups)
+        counted = state.swapped or shadow.counted()
         reshard(counted, shadow.module)
         if not state.swapped:
             try:
@@ -211,7 +207,7 @@ def apply(shadow: ShadowSet, groups: Sequence[Group]) -> None:
             state.mode = Mode.TRAIN
 
 
-def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
+def resolve_pending(shadow: ShadowSet) -> None:
     """Finish the load of a checkpoint that was written while swapped.
 
     Raises:
@@ -225,7 +221,7 @@ def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
         shadow.held is None
         and exchanged
         and _all_equal(shadow.swapped)
-        and not _forgets_all(shadow, groups)
+        and not _forgets_all(shadow)
     ):
         raise RuntimeError(
             "the optimizer's checkpoint was written while the EMA weights were swapped in, the "
@@ -233,7 +229,7 @@ def resolve_pending(shadow: ShadowSet, groups: Sequence[Group]) -> None:
             "moment; or start a new EMA: remove the 'ema*' entries from the optimizer's checkpoint"
         )
     put_back(shadow)
-    pending.finish_formats(shadow, groups)
+    pending.finish_formats(shadow)
     shadow.held = None
 
 
@@ -245,24 +241,24 @@ def refuse_swapped(shadow: ShadowSet, what: str, also_after_eval: bool = True) -
         raise RuntimeError(f"{what} after eval(): call optimizer.train() first")
 
 
-def check_can_step(shadow: ShadowSet, groups: Sequence[Group], has_closure: bool) -> None:
+def check_can_step(shadow: ShadowSet, has_closure: bool) -> None:
     """Raise RuntimeError where a step would be made at, or away from, the EMA weights."""
     refuse_swapped(shadow, "step()")
-    refuse_others(shadow, groups, "step()")
+    refuse_others(shadow, "step()")
     pending.check_model(shadow)
     pending.check_first_step(shadow)
     if shadow.mode is not Mode.PENDING or has_closure:
         return
-    if any(param.grad is not None for group in groups for param in group["params"]):
+    if any(param.grad is not None for group in shadow.groups for param in group["params"]):
         raise RuntimeError(
             "step() after loading a checkpoint written while swapped: the gradients were taken at "
             "the EMA weights. Call optimizer.train() after loading, before the forward"
         )
 
 
-def refuse_others(shadow: ShadowSet, groups: Sequence[Group], what: str) -> None:
+def refuse_others(shadow: ShadowSet, what: str) -> None:
     """Raise RuntimeError where another object has its EMA weights in the parameters."""
-    params = (param for group in groups for param in group["params"])
+    params = (param for group in shadow.groups for param in group["params"])
     record.refuse_others(shadow.swap, params, what)
 
 
@@ -280,10 +276,10 @@ def _all_equal(swapped: Slots) -> bool:
     return holds_on_all_ranks(swapped, equal)
 
 
-def _forgets_all(shadow: ShadowSet, groups: Sequence[Group]) -> bool:
+def _forgets_all(shadow: ShadowSet) -> bool:
     # With a decay of 0 in force (also the first update of a debiased schedule) the EMA equals the
     # weights rightly.
-    own = [group.get("ema_decay") for group in groups if group.get("ema_enabled", True)]
+    own = [group.get("ema_decay") for group in shadow.groups if group.get("ema_enabled", True)]
     updates = max(slot.updates for slot in shadow.swapped.values())
     decays = (shadow.decay if decay is None else decay for decay in own)
     return all(decay_factor(decay, updates, 1) == 0.0 for decay in decays)

@@ -102,7 +102,7 @@ def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
         _load_saved(model, ema_folder(model, checkpoint))
         return
     saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    loaded = read.read(optimizer._ema, optimizer.param_groups, carry.uncarry(saved))
+    loaded = read.read(optimizer._ema, carry.uncarry(saved))
     step = _step_of(checkpoint)
     if loaded.trainer_step not in (None, step) or loaded.cold:
         warn(

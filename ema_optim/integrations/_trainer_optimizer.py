@@ -105,7 +105,7 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     """
     shadow, groups = optimizer._ema, optimizer.param_groups
     if carry.is_carrying(groups) and carry.carried_step(groups) == global_step:
-        carry.adopt(shadow, groups)
+        carry.adopt(shadow)
     elif shadow.trainer_step not in (None, global_step):
         read.Loaded({}).install(shadow)
     carry.drop(groups)

@@ -189,7 +189,7 @@ def _migrated(model: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _part_weights(optimizer: EMAOptimizer, model: nn.Module, checkpoint: dict[str, Any]) -> None:
     ema, training = map(copy, (checkpoint["state_dict"], checkpoint["current_model_state"]))
-    shadow, members = optimizer._ema, set(optimizer._ema.members(optimizer.param_groups))
+    shadow, members = optimizer._ema, set(optimizer._ema.members())
     for name, param in model.named_parameters(remove_duplicate=False):
         if name in ema and param in members:
             # The tensors of the optimizer's state, not copies of them: the file holds them once.

@@ -87,9 +87,9 @@ def foreach_mul_add(model, decay):
 def ema_optim(model, decay):
     optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), decay)
     # What EMAOptimizer.step() does around the inner step, its checks included.
-    shadow, groups = optimizer._ema, optimizer.param_groups
+    shadow = optimizer._ema
     return Average(
-        lambda: shadow.finish_step(shadow.begin_step(groups)),
+        lambda: shadow.finish_step(shadow.begin_step()),
         lambda: emas_of(optimizer, model),
         optimizer.eval,
         optimizer.train,

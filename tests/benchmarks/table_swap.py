@@ -27,11 +27,11 @@ def base(model, decay):
 def exchange_alone(model, decay):
     """What eval() and train() do without looking for NaNs and without their checks."""
     optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), decay)
-    shadow, groups = optimizer._ema, optimizer.param_groups
+    shadow = optimizer._ema
     return Average(
-        lambda: shadow.finish_step(shadow.begin_step(groups)),
+        lambda: shadow.finish_step(shadow.begin_step()),
         lambda: averages.emas_of(optimizer, model),
-        lambda: swap.swap_in(shadow, groups),
+        lambda: swap.swap_in(shadow),
         lambda: swap.put_back(shadow),
     )
 
