@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ema_optim._engines.replaced import refuse_replaced
+from ema_optim import EMAOptimizer
+from ema_optim._engines.replaced import kinds_of, refuse_replaced
 
 
 def parameters(count=3):
@@ -36,13 +37,29 @@ ACCEPTED = {
 @pytest.mark.parametrize("row", REFUSED)
 def test_masters_in_place_of_parameters_are_refused(row):
     with pytest.raises(RuntimeError, match=r"an engine .* has put a plain tensor"):
-        refuse_replaced(PARAMS, REFUSED[row])
+        refuse_replaced(kinds_of(PARAMS), REFUSED[row])
 
 
 @pytest.mark.parametrize("row", ACCEPTED)
 def test_parameters_that_change_otherwise_are_accepted(row):
-    refuse_replaced(PARAMS, ACCEPTED[row])
+    refuse_replaced(kinds_of(PARAMS), ACCEPTED[row])
 
 
 def test_plain_tensors_that_give_way_to_plain_tensors_are_accepted():
-    refuse_replaced([torch.zeros(3)], [torch.zeros(3)])
+    refuse_replaced(kinds_of([torch.zeros(3)]), [torch.zeros(3)])
+
+
+# DeepSpeed's ZeRO replaces the params of every group when its engine is built, before any step.
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_step_over_an_engines_flat_tensor_raises_before_it_moves(steps):
+    model = torch.nn.Linear(3, 2)
+    optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), 0.5)
+    for _ in range(steps):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    flat.grad, before = torch.ones_like(flat), flat.clone()
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match="must hold the model's parameters"):
+        optimizer.step()
+    assert torch.equal(flat, before)

@@ -5,27 +5,30 @@ optimizer that it was given, and so do its fp16 wrappers; the model's own parame
 these from then on. A swap of the masters does not reach the model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 
-def refuse_replaced(old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+def kinds_of(params: Iterable[Tensor]) -> dict[int, bool]:
+    """By id, whether each is an ``nn.Parameter``; no tensor is kept alive by it."""
+    return {id(param): isinstance(param, nn.Parameter) for param in params}
+
+
+def refuse_replaced(known: Mapping[int, bool], params: Iterable[Tensor]) -> None:
     """Raise RuntimeError where an engine has taken the model's parameters out of the groups.
 
     Known by the kind: models hold ``nn.Parameter``, masters are plain tensors. Parameters that
     give way to other parameters (FSDP2, pruning), and tensors that are added beside them, pass.
 
     Args:
-        old: The parameters that were in the param groups before.
-        new: Those that are there now.
+        known: ``kinds_of`` all that was in the param groups before.
+        params: What is there now.
     """
-    before, now = list(old), list(new)
-    known, kept = set(map(id, before)), set(map(id, now))
-    gone = any(isinstance(param, nn.Parameter) and id(param) not in kept for param in before)
-    if not gone:
+    now = kinds_of(params)
+    if all(id in now for id, was_parameter in known.items() if was_parameter):
         return
-    for tensor in now:
+    for tensor in params:
         if id(tensor) not in known and not isinstance(tensor, nn.Parameter):
             raise RuntimeError(
                 "param_groups must hold the model's parameters, an engine (DeepSpeed?) has put a "

@@ -11,6 +11,7 @@ to one with a ``__dict__`` of its own) and the optimizer itself can never disagr
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._arithmetic.formats import FORMATS, EMADtype
 from .._engines.quantized import dense, is_quantized
+from .._engines.replaced import kinds_of, refuse_replaced
 from .._engines.sharding import local, refuse_flat
 from .._warnings import warn
 from ..schedules import Decay, check_decay, decay_factor, initial_share
@@ -89,13 +91,14 @@ class ShadowSet:
         self.compiled: Any = None  # what stands in for the inner step after compile()
         self._lanes: OrderedDict[tuple[int, int], Lane] = OrderedDict()
         self._uses = 0  # steps over all lanes
+        self._known = kinds_of(params_of(self.groups))
         self._shared: set[Tensor] | None = None  # parameters that share memory
         self._share: tuple[Any, float] | None = None
         self._entries = 0  # entries of the inner optimizer's state when last looked at
         self._taken: TypeError | None = None  # what the inner optimizer's own keys are refused with
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = dict.fromkeys(("compiled", "_shared", "_share"))
+        fresh: dict[str, Any] = {**dict.fromkeys(("compiled", "_shared", "_share")), "_known": {}}
         absent = list(self.absent.items())
         return {**self.__dict__, **fresh, "_lanes": OrderedDict(), "absent": absent}
 
@@ -355,10 +358,13 @@ class ShadowSet:
         for group in groups:
             check_options(group)
         self._shared = None
+        refuse_replaced(self._known, params_of(groups))
         ids = {*map(id, params_of(groups)), *map(id, groups)}
         for key, lane in list(self._lanes.items()):
             if not ids.isdisjoint(map(id, [*lane.params, *lane.groups])):
                 del self._lanes[key]
+        stepping = [lane.params for lane in self._lanes.values()]
+        self._known = kinds_of(chain(params_of(groups), *stepping))
         self._look_after_slots(groups)
         self._warn_of_bfloat16()
         with no_autograd():

@@ -87,7 +87,7 @@ def renewed(old: TrainerEMAOptimizer, options: dict[str, Any]) -> TrainerEMAOpti
     _forget_clock(old.param_groups)
     made = TrainerEMAOptimizer(old.inner, **options)
     if saved is not None:
-        read.read(made._ema, made.param_groups, saved).install(made._ema)
+        read.read(made._ema, saved).install(made._ema)
         made._mark_groups()
     return made
 
