@@ -3,6 +3,7 @@
 from typing import Any
 
 from ._checkpoint.strip import strip_ema_state_dict
+from ._version import __version__ as __version__
 from .model import EMAModel
 from .optimizer import EMAOptimizer
 from .schedules import (
@@ -19,8 +20,6 @@ from .schedules import (
     sigma_rel_from_gamma,
     warmup_decay,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "EMAModel",
@@ -42,9 +41,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: importing it imports transformers.
+    # On demand: the first imports transformers, the second is seldom needed.
     if name == "EMACallback":
         from .integrations.transformers import EMACallback
 
         return EMACallback
+    if name == "export_ema":
+        from ._tools.export import export_ema
+
+        return export_ema
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,6 +43,12 @@ def unique(named: Mapping[str, Tensor]) -> dict[Tensor, str]:
     return first
 
 
+def group_names(groups: Sequence[Group], model: nn.Module) -> list[list[str]]:
+    """The names of the parameters of param groups, for files; empty where the model has none."""
+    first = unique(named_parameters(model))
+    return [[first.get(param, "") for param in group["params"]] for group in groups]
+
+
 def ema_state(shadow: ShadowSet, model: nn.Module) -> dict[str, Tensor]:
     """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
     members = set(shadow.members())

@@ -12,7 +12,7 @@ from transformers import Trainer
 from .._checkpoint import carry, read
 from .._checkpoint.strip import strip_ema_state_dict
 from .._engines.sharding import is_sharded
-from .._forwarding import call_if_there
+from .._forwarding import call_if_there, inner_step
 from .._shadow import names
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
@@ -39,11 +39,11 @@ class TrainerEMAOptimizer(EMAOptimizer):
             self.train()
         return True
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         if not self._is_alone():
-            return super()._step(closure)
+            return super()._step(closure, *args, **kwargs)
         self.missed = True
-        return self.inner.step() if closure is None else self.inner.step(closure)
+        return inner_step(self.inner, closure, args, kwargs)
 
     def eval(self) -> None:
         """Put the EMA weights in until ``train()``, as long as the callback is in the Trainer."""
@@ -51,13 +51,20 @@ class TrainerEMAOptimizer(EMAOptimizer):
             return super().eval()
         call_if_there(self.inner, "eval")
 
+    trainer_model: Any = None  # for the names in its files
+
     def _state_dict(self) -> dict[str, Any]:
         if self._is_alone():
             return strip_ema_state_dict(super()._state_dict())
         state_dict = super()._state_dict()
         step = 0 if self.trainer_state is None else self.trainer_state.global_step
         groups = [{**group, "ema_global_step": step} for group in state_dict["param_groups"]]
-        return carry.carry({**state_dict, "param_groups": groups})
+        carried = carry.carry({**state_dict, "param_groups": groups})
+        if self.trainer_model is not None:
+            found = names.group_names(self.param_groups, self.trainer_model)
+            for group, own in zip(carried["param_groups"], found, strict=True):
+                group["ema_entries"]["param_names"] = own
+        return carried
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy."""

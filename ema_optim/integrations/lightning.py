@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._arithmetic.formats import EMADtype
+from .._shadow import names
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay
@@ -139,7 +140,8 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
         checkpoint["optimizer_states"] = list(states)
         # An entry here has Lightning warn of a resume without this callback. (As state_dict() it
         # would have Lightning refuse two of them by a message without a remedy.)
-        checkpoint["callbacks"][self.state_key] = {"ema_step": steps}
+        found = [names.group_names(o.param_groups, pl_module) for o in self._optimizers]
+        checkpoint["callbacks"][self.state_key] = {"ema_step": steps, "param_names": found}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Begin a resumed fit at the training weights; ``state_dict`` has just been loaded."""

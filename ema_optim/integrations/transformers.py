@@ -287,7 +287,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             found = renewed(found, options)
         if found is not accelerated.optimizer:
             _put_into(accelerated, found)
-        found.trainer_state, found.attended = state, partial(_is_in, self._trainer, self)
+        found.trainer_state, found.trainer_model = state, self.model
+        found.attended = partial(_is_in, self._trainer, self)
         return cast(TrainerEMAOptimizer, found)
 
     def _set_eval_swaps(self) -> None:

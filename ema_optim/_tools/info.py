@@ -1,0 +1,84 @@
+"""What is in a checkpoint, in a few lines."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._checkpoint.carry import uncarry
+from .entries import Entry, entries_of, options_of
+from .parts import plain
+from .sources import Source, open_source
+
+
+def info(path: Path) -> list[str]:
+    """Lines that say what a checkpoint holds, for each optimizer with an EMA in it."""
+    source = open_source(path)
+    lines = [f"file      {path} ({source.kind})"]
+    for where in source.optimizers:
+        entries = entries_of(source, where)
+        if where and len(source.optimizers) > 1:
+            lines += ["", f"key       {where}"]
+        lines += [f"{name:<9} {text}" for name, text in _told(source, entries, where).items()]
+    return lines
+
+
+def facts(source: Source, entries: Sequence[Entry], key: str | None) -> dict[str, Any]:
+    """What the files say of their EMA; None for what they do not say."""
+    trees = source.optimizers.values() if key is None else [source.optimizers[key]]
+    groups = [group for tree in trees for group in uncarry(tree)["param_groups"]]
+    options = [options_of(group) for group in groups]
+    steps = [int(plain(group["ema_step"])) for group in groups if "ema_step" in group]
+    laws = zip(groups, options, strict=True)
+    decays = [group.get("ema_decay", law.get("decay")) for group, (_, law) in laws]
+    noted = [group["ema_global_step"] for group in groups if "ema_global_step" in group]
+    return {
+        "ema_source": source.kind,
+        "ema_step": max(steps or _steps(entries)),
+        "ema_global_step": source.step if source.step is not None else max(noted, default=None),
+        "ema_decay": _one(decays),
+        "ema_format": _one([name for name, _ in options]),
+        "ema_swapped": any(bool(plain(group.get("ema_swapped"))) for group in groups),
+        "ema_options": {name: text for _, own in options for name, text in own.items()},
+    }
+
+
+def _told(source: Source, entries: Sequence[Entry], where: str) -> dict[str, str]:
+    known, steps = facts(source, entries, where), _steps(entries)
+    own = f"{min(steps):,}" + (f" to {max(steps):,}" if min(steps) < max(steps) else "")
+    step = known["ema_global_step"]
+    kinds = sorted({_dtypes(entry) for entry in entries})
+    values = sum(entry.main.shape.numel() for entry in entries)
+    names = all(entry.name is not None for entry in entries)
+    return {
+        "steps": f"{known['ema_step']:,} optimizer steps"
+        + ("" if step is None else f", saved at the trainer's step {step:,}"),
+        "updates": f"each parameter's EMA has counted {own} steps",
+        "decay": "not in the file" if known["ema_decay"] is None else str(known["ema_decay"]),
+        "format": f"{known['ema_format'] or 'not in the file'} ({', '.join(kinds)})",
+        "swapped": _swapped(known, entries),
+        "tensors": f"{len(entries):,}, {values:,} values",
+        "names": "yes" if names else "no: export needs --model",
+        **known["ema_options"],
+    }
+
+
+def _dtypes(entry: Entry) -> str:
+    dtypes = [str(part.dtype) for part in (entry.main, entry.low) if part is not None]
+    return " + ".join(dtype.removeprefix("torch.") for dtype in dtypes)
+
+
+def _swapped(known: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+    if not known["ema_swapped"]:
+        return "no"
+    if any(entry.exchanged for entry in entries):
+        return "yes: the EMA weights are in the model's file that was saved with it"
+    return "yes: the EMA weights are in this file all the same"
+
+
+def _steps(entries: Sequence[Entry]) -> list[int]:
+    return [int(plain(entry.step)) for entry in entries if entry.step is not None] or [0]
+
+
+def _one(values: Sequence[Any]) -> Any:
+    """The value if there is one for all."""
+    return values[0] if values and all(value == values[0] for value in values) else None
