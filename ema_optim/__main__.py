@@ -27,6 +27,7 @@ _PACKAGES = (
     "matplotlib",
     "tensorboard",
 )
+_DESCRIPTION = "From the files of a training to EMA weights, facts and curves. Alone: versions."
 _KINDS = "checkpoint-N of the Trainer, a .pt or .ckpt file, or a distributed checkpoint's folder"
 
 
@@ -92,7 +93,7 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m ema_optim", description=__doc__)
+    parser = argparse.ArgumentParser("python -m ema_optim", description=_DESCRIPTION)
     parser.set_defaults(run=_versions)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 

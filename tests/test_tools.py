@@ -130,9 +130,10 @@ def test_frozen_and_disabled_parameters_are_left_out(tmp_path):
     model = net()
     model[1].requires_grad_(False)
     params = list(model.named_parameters())
-    groups = [{"params": params[:2], "ema_enabled": False}, {"params": params[2:]}]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
     optimizer = EMAOptimizer(AdamW(groups, lr=0.1), decay=0.5)
     run(model, optimizer)
+    optimizer.param_groups[0]["ema_enabled"] = False
     got = exported(saved(tmp_path, optimizer=optimizer.state_dict()), tmp_path)
     assert same(got, optimizer.get_ema_state(model))
     assert set(got) == {"2.weight", "2.bias", "3.weight", "3.bias"}
@@ -201,12 +202,11 @@ def test_tied_weights_have_their_first_name(tmp_path):
     assert same(got, optimizer.get_ema_state(model))
 
 
-def fresh():
+def fresh(model, inner=unnamed):
     """Two biases of one shape, all zeros: no value tells which is which."""
-    model = net()
     for layer in model:
         nn.init.zeros_(layer.bias)
-    optimizer = EMAOptimizer(unnamed(model), decay=0.5, update_after_step=9)
+    optimizer = EMAOptimizer(inner(model), decay=0.5, update_after_step=9)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     optimizer.step()
@@ -214,7 +214,7 @@ def fresh():
 
 
 def test_order_of_one_group_decides_between_equal_values(tmp_path):
-    model, optimizer = fresh()
+    model, optimizer = fresh(net())
     torch.save(model.state_dict(), tmp_path / "model.pt")
     source = saved(tmp_path, optimizer=optimizer.state_dict())
     got = exported(source, tmp_path, model=tmp_path / "model.pt")
@@ -223,9 +223,20 @@ def test_order_of_one_group_decides_between_equal_values(tmp_path):
 
 def doubtful(folder):
     """Equal values in a file that does not keep the order."""
-    model, optimizer = fresh()
+    model, optimizer = fresh(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     save_file(model.state_dict(), folder / "model.safetensors")
     return saved(folder, optimizer=optimizer.state_dict()), folder / "model.safetensors"
+
+
+def reversed_groups(model):
+    return SGD([{"params": list(layer.parameters())} for layer in reversed(model)], lr=0.1)
+
+
+def two_groups(folder):
+    """Equal values in an optimizer whose groups may lie in any order."""
+    model, optimizer = fresh(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), reversed_groups)
+    torch.save(model.state_dict(), folder / "model.pt")
+    return saved(folder, optimizer=optimizer.state_dict()), folder / "model.pt"
 
 
 def other_run(folder):
@@ -242,6 +253,27 @@ def smaller(folder):
 def empty(folder):
     (folder / "empty").mkdir()
     return saved(folder, optimizer=trained(unnamed)[1].state_dict()), folder / "empty"
+
+
+@pytest.mark.parametrize(("gap", "certain"), [(0.3, True), (0.45, False)])
+def test_values_decide_where_the_next_weights_are_twice_as_far(gap, certain, tmp_path):
+    params = [(name, nn.Parameter(torch.zeros(4))) for name in ("one", "other")]
+    optimizer = EMAOptimizer(SGD([p for _, p in params], lr=1.0), decay=0.5)
+    save_file(
+        {"z": torch.full((4,), gap), "a": torch.full((4,), 1 + gap)}, tmp_path / "m.safetensors"
+    )
+    for value, (_, param) in enumerate(params):
+        optimizer.state[param] = {
+            "ema": torch.full((4,), float(value)),
+            "ema_step": torch.tensor(1),
+        }
+    source = saved(tmp_path, o=optimizer.state_dict())
+    if certain:
+        got = exported(source, tmp_path, model=tmp_path / "m.safetensors")
+        assert (got["z"][0], got["a"][0]) == (0, 1)
+    else:
+        with pytest.raises(ValueError, match="beyond doubt"):
+            exported(source, tmp_path, model=tmp_path / "m.safetensors")
 
 
 # What is refused: what makes the source (and the model's file), and words of the message.
@@ -317,8 +349,17 @@ def wicked(folder):
     return folder, None
 
 
+def wicked_value(folder):
+    """Metadata as torch writes it, with a value that needs more than plain unpickling."""
+    state = trained()[1].state_dict()
+    state["param_groups"][0]["ema_decay"] = Path("half")
+    dcp.save({"optimizer": state}, checkpoint_id=folder / "dcp", no_dist=True)
+    return folder / "dcp", None
+
+
 REFUSED = [
     (doubtful, "beyond doubt"),
+    (two_groups, "beyond doubt"),
     (other_run, "beyond doubt"),
     (smaller, r"must have 4 weights of shape \(8,\)"),
     (empty, "must hold weights by name"),
@@ -334,6 +375,7 @@ REFUSED = [
     (cast, "one that was cast"),
     (damaged, "in the format default"),
     (wicked, "no part of a distributed checkpoint"),
+    (wicked_value, "weights_only=True"),
     (lambda folder: (folder / "nothing", None), "got nothing there"),
 ]
 
@@ -533,6 +575,36 @@ def test_export_on_one_rank_waits_for_no_other(world, tmp_path):
         assert same(got, torch.load(tmp_path / "expected.pt"))
 
 
+@pytest.mark.parametrize("states", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("swapped", [False, True])
+@on_ranks(2)
+def test_accelerates_sharded_state_is_a_source(world, states, swapped, tmp_path):
+    from test_fsdp_trainers import accelerated, steps
+
+    accelerator, model, optimizer, own = accelerated(states)
+    steps(accelerator, model, optimizer, range(3))
+    if swapped:
+        own.eval()
+    accelerator.save_state(tmp_path)
+    expected = whole_ema(own, model)
+    torch.distributed.barrier()
+    assert torch.distributed.get_rank() or same(exported(tmp_path, tmp_path), expected)
+
+
+@pytest.mark.parametrize("states", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@on_ranks(2)
+def test_sharded_trainers_checkpoint_is_a_source(world, states, tmp_path):
+    from test_fsdp_trainers import class_of, sharded_fit
+    from test_transformers import llama, saves
+
+    callback, options = EMACallback(), {"states": states, **saves(4), **class_of(True)}
+    sharded_fit(llama(), tmp_path, callback, **options)
+    expected = callback.get_ema_state()
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        assert same(exported(tmp_path / "checkpoint-8", tmp_path), expected)
+
+
 @pytest.mark.parametrize("inner", [named, unnamed])
 def test_optimizers_own_state_dict_in_a_distributed_checkpoint_is_a_source(inner, tmp_path):
     model, optimizer = trained(inner)
@@ -569,7 +641,7 @@ def test_header_says_what_these_weights_are(tmp_path):
 
 
 def test_tensors_of_every_shape_and_layout_are_written(tmp_path):
-    shapes = {"scalar": (), "empty": (0, 3), "odd": (3,), "image": (2, 3, 4, 5)}
+    shapes = {"a scalar": (), "empty": (0, 3), "odd": (3,), "image": (2, 3, 4, 5)}
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     tensors["image"] = tensors["image"].contiguous(memory_format=torch.channels_last)
     params = [(name, nn.Parameter(tensor)) for name, tensor in tensors.items()]
@@ -581,6 +653,10 @@ def test_tensors_of_every_shape_and_layout_are_written(tmp_path):
     optimizer.step()
     got = exported(saved(tmp_path, o=optimizer.state_dict()), tmp_path)
     assert all(torch.equal(got[name], optimizer.state[param]["ema"]) for name, param in params)
+    text = (tmp_path / "ema.safetensors").read_bytes()
+    header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
+    starts = {name: entry["data_offsets"][0] for name, entry in header.items() if name in got}
+    assert all(starts[name] % got[name].itemsize == 0 for name in got)
 
 
 def test_output_is_replaced_only_when_asked_and_only_when_whole(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 Curve = dict[int, float]  # by step
 
-_EMA, _TRAINING, _LOSS, _OTHER = "#1d4ed8", "#c2410c", "#9ca3af", "#4b5563"
+_EMA, _TRAINING, _LOSS, _OTHER = "#1d4ed8", "#c2410c", "#6b7280", "#374151"
 _EVALUATIONS = ("eval_", "val_", "valid_", "validation_", "test_")
 _COSTS = ("runtime", "samples_per_second", "steps_per_second", "preparation_time")
 _LOSSES = ("loss", "train_loss")
@@ -42,8 +42,10 @@ def plot(source: Path, output: Path) -> list[str]:
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(6.4 * columns, 2.9 * rows + 0.3), dpi=150, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flat
+        steps = [step for lines in panels.values() for name, *_ in lines for step in curves[name]]
         for axis, (title, lines) in zip(axes, panels.items(), strict=False):
             _draw(axis, title, lines, curves)
+            axis.set_xlim(min(steps) - 0.02 * max(steps), 1.02 * max(steps))
         for axis in list(axes)[len(panels) :]:
             axis.remove()
         figure.savefig(output, facecolor="white")
@@ -90,7 +92,6 @@ def _draw(
     axis.set_title(title, fontsize=11)
     axis.set_xlabel("optimizer step")
     axis.grid(alpha=0.3)
-    axis.margins(x=0.02)
     axis.legend(title="last value", labelcolor="linecolor", fontsize=9, title_fontsize=9)
 
 
