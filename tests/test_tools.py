@@ -414,7 +414,7 @@ def test_flag_and_format_may_say_more(tmp_path):
     optimizer.eval()
     state = optimizer.state_dict()
     for group in state["param_groups"]:
-        group |= {"ema_swapped": "sum=12", "ema_format": "default;decay=0.6;update_every=1"}
+        group |= {"ema_swapped": "sum=12", "ema_format": "default; decay=0.6;without=none"}
     file = saved(tmp_path, o=state)
     assert same(exported(file, tmp_path), optimizer.get_ema_state(model))
     assert export_ema(file, tmp_path / "again.safetensors")["ema_decay"] == "0.6"

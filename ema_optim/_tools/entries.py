@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._arithmetic.formats import FORMATS, Format
+from .._arithmetic.formats import FORMATS, Format, format_of
 from .._checkpoint.carry import uncarry
 from .matching import Slot, match
 from .parts import Part, plain, unique
@@ -93,8 +93,10 @@ def _matched(entries: list[Entry], model: Model, ordered: bool) -> list[Entry]:
 
 def options_of(group: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
     """The format that a group names, and what is written behind it (``;key=value``)."""
-    name, *rest = str(group["ema_format"]).split(";") if "ema_format" in group else [None]
-    return name, dict(part.split("=", 1) for part in rest if part and "=" in part)
+    name, *rest = str(group.get("ema_format", "")).split(";")
+    return name or None, {
+        k.strip(): v for k, found, v in (part.partition("=") for part in rest) if found
+    }
 
 
 def _read(source: Source, where: str, tree: Tree) -> Iterator[Entry]:
@@ -128,7 +130,7 @@ def _entry(
                 "sharded one is saved with torch.distributed.checkpoint"
             )
     main, low, step = saved["ema"], saved.get("ema_low") or None, saved.get("ema_step")
-    _check_format(Format(main.dtype, low.dtype if low else None), group, label)
+    _check_format(format_of(main.dtype, low.dtype if low else None), group, label)
     if isinstance(step, Part) and step.is_weight:
         raise ValueError(
             f"the EMA of {label} must be as it was saved, got one that was cast: an optimizer "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._arithmetic.average import non_finite
-from .._arithmetic.formats import decode_
+from .._arithmetic.formats import format_of
 from .._version import __version__
 from .._warnings import warn
 from .entries import Entry, entries_of, named
@@ -91,7 +91,8 @@ def _load(name: str, entry: Entry, dtype: torch.dtype) -> Tensor:
     value = main
     if low is not None or main.dtype != dtype:
         value = torch.empty(main.shape, dtype=dtype)
-        decode_([value], [main], [] if low is None else [low])
+        stored = format_of(main.dtype, None if low is None else low.dtype)
+        stored.decode_([value], [main], [] if low is None else [low])
     if non_finite([value]):
         told = "" if non_finite([main]) else f": {dtype} is too narrow for it"
         warn(f"the EMA of {name} is not finite{told}")

@@ -38,7 +38,6 @@ def facts(source: Source, entries: Sequence[Entry], key: str | None) -> dict[str
         "ema_decay": _one(decays),
         "ema_format": _one([name for name, _ in options]),
         "ema_swapped": any(bool(plain(group.get("ema_swapped"))) for group in groups),
-        "ema_options": {name: text for _, own in options for name, text in own.items()},
     }
 
 
@@ -58,7 +57,6 @@ def _told(source: Source, entries: Sequence[Entry], where: str) -> dict[str, str
         "swapped": _swapped(known, entries),
         "tensors": f"{len(entries):,}, {values:,} values",
         "names": "yes" if names else "no: export needs --model",
-        **known["ema_options"],
     }
 
 
