@@ -29,6 +29,7 @@ __all__ = [
     "decay_from_half_life",
     "equal_average",
     "exponential_warmup_decay",
+    "export_ema",
     "gamma_from_sigma_rel",
     "half_life_from_decay",
     "inverse_gamma_decay",

@@ -18,7 +18,7 @@ import ema_optim
 from ema_optim import EMAOptimizer
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torchao", "transformers", "lightning", "accelerate", "sklearn", "matplotlib")
+HEAVY = ("torchao", "safetensors", "transformers", "lightning", "accelerate", "sklearn", "matplotlib")
 README = (ROOT / "README.md").read_text()
 
 
@@ -61,7 +61,8 @@ FLOORS = [
     {"_checkpoint"},
     {"_forwarding"},
     {"optimizer", "model"},
-    {"integrations", "__main__", "_tools"},
+    {"integrations", "_tools"},
+    {"__main__"},
     {"__init__"},
 ]
 LAZY = {("__init__", "integrations")}  # the lazy names of __init__ alone point upwards

@@ -368,7 +368,7 @@ REFUSED = [
     (swapped_too_late, "the EMA is in neither"),
     (two_optimizers, "name of its own"),
     (without_ema, "got none that has an EMA"),
-    (not_plain, "weights_only=True"),
+    (not_plain, "got pathlib.Path: it is read with weights_only=True"),
     (not_torch, "a file of torch.save"),
     (weights_file, "got a model's weights"),
     (no_checkpoint, "pass one checkpoint-N"),

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -179,16 +180,17 @@ def _load(path: Path) -> Any:
 def _unsafe(path: Path, error: Exception) -> ValueError:
     return ValueError(
         f"{path} must hold tensors and plain values alone, got {_first(error)}: it is read with "
-        "weights_only=True, since unpickling anything else can run code. Save "
-        "optimizer.state_dict() (and model.state_dict()) without other objects"
+        "weights_only=True, since unpickling anything else can run code. Save the state dicts "
+        "without other objects or, if you trust the file, call export_ema() after "
+        "torch.serialization.add_safe_globals()"
     )
 
 
 def _first(error: Exception) -> str:
     """What a message of torch's unpickler is about."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-    return (told or lines or [type(error).__name__])[0]
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return named[1]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _walk(tree: Any, where: tuple[Any, ...]) -> Iterator[tuple[str, Tree]]:
@@ -205,8 +207,9 @@ def _walk(tree: Any, where: tuple[Any, ...]) -> Iterator[tuple[str, Tree]]:
 
 def is_optimizer(tree: Mapping[Any, Any]) -> bool:
     """Whether a dict is an optimizer's state dict, or flattened."""
-    if isinstance(tree.get("state"), Mapping) and isinstance(tree.get("param_groups"), list):
-        return True
+    groups = tree.get("param_groups")
+    if isinstance(tree.get("state"), Mapping) and isinstance(groups, list):
+        return all(isinstance(group, Mapping) and "params" in group for group in groups)
     return bool(tree) and all(str(key).startswith(("state.", "param_groups.")) for key in tree)
 
 
