@@ -18,7 +18,15 @@ import ema_optim
 from ema_optim import EMAOptimizer
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torchao", "safetensors", "transformers", "lightning", "accelerate", "sklearn", "matplotlib")
+HEAVY = (
+    "torchao",
+    "safetensors",
+    "transformers",
+    "lightning",
+    "accelerate",
+    "sklearn",
+    "matplotlib",
+)
 README = (ROOT / "README.md").read_text()
 
 

@@ -296,6 +296,21 @@ def swapped_too_late(folder):
     return saved(folder, model=weights, optimizer=optimizer.state_dict()), None
 
 
+def swapped_too_late_of_old(folder):
+    """The same without the fingerprint of what the model held."""
+    content = torch.load(swapped_too_late(folder)[0], weights_only=True)
+    for group in content["optimizer"]["param_groups"]:
+        group["ema_format"] = "default"
+    return saved(folder, **content), None
+
+
+def rounded(folder):
+    model, optimizer = trained()
+    optimizer.eval()
+    state = optimizer.state_dict()
+    return saved(folder, model=model.bfloat16().state_dict(), optimizer=state), None
+
+
 def two_optimizers(folder):
     states = {name: trained()[1].state_dict() for name in ("generator", "critic")}
     return saved(folder, **states), None
@@ -362,10 +377,12 @@ REFUSED = [
     (two_groups, "beyond doubt"),
     (other_run, "beyond doubt"),
     (smaller, r"must have 4 weights of shape \(8,\)"),
-    (empty, "must hold weights by name"),
+    (empty, "weights of one model by name"),
     (no_names, "by position, without names"),
     (swapped_alone, "swapped in: the EMA is in the model's file"),
-    (swapped_too_late, "the EMA is in neither"),
+    (swapped_too_late, "got other weights: pass model="),
+    (swapped_too_late_of_old, "the EMA is in neither"),
+    (rounded, "got 0 in"),
     (two_optimizers, "name of its own"),
     (without_ema, "got none that has an EMA"),
     (not_plain, "got pathlib.Path: it is read with weights_only=True"),
@@ -398,6 +415,22 @@ def test_key_takes_one_of_two_optimizers(tmp_path):
         exported(file, tmp_path, key="discriminator")
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_of_two_models_the_one_that_held_the_ema_is_taken(old, tmp_path):
+    model, optimizer = trained()
+    optimizer.eval()
+    content = {"before": net().state_dict(), "model": model.state_dict()}
+    state = optimizer.state_dict()
+    if old:
+        state["param_groups"][0]["ema_format"] = "default"
+    file = saved(tmp_path, **content, optimizer=state)
+    if old:
+        with pytest.raises(ValueError, match="got 2 in"):
+            exported(file, tmp_path)
+    else:
+        assert same(exported(file, tmp_path), optimizer.get_ema_state(model))
+
+
 def test_two_optimizers_of_one_model_are_exported_together(tmp_path):
     model = net()
     parts = [list(model.named_parameters())[:2], list(model.named_parameters())[2:]]
@@ -414,10 +447,9 @@ def test_flag_and_format_may_say_more(tmp_path):
     optimizer.eval()
     state = optimizer.state_dict()
     for group in state["param_groups"]:
-        group |= {"ema_swapped": "sum=12", "ema_format": "default; decay=0.6;without=none"}
+        group |= {"ema_swapped": "sum=12", "ema_format": "default; later=1"}
     file = saved(tmp_path, o=state)
     assert same(exported(file, tmp_path), optimizer.get_ema_state(model))
-    assert export_ema(file, tmp_path / "again.safetensors")["ema_decay"] == "0.6"
 
 
 # The engines' own files.

@@ -1,17 +1,17 @@
 """The EMA in a source, one entry for each parameter: where its values are and what it is called."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from types import NoneType
 from typing import Any
-
-import torch
 
 from .._arithmetic.formats import FORMATS, Format, format_of
 from .._checkpoint.carry import uncarry
-from .matching import Slot, match
-from .parts import Part, plain, unique
-from .sources import Model, Source, Tree, open_models
+from .._checkpoint.notes import parse
+from .._shadow.options import format_name
+from .parts import Part, plain
+from .sources import Source, Tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class Entry:
         exchanged: Whether the EMA weights (their main tensor) are in the model instead.
         step: The counter of optimizer steps of this parameter.
         name: Its name, where the file has it.
+        held: The fingerprint of what the model held of this group, where the file has it.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Entry:
     exchanged: bool
     step: Any
     name: str | None
+    held: str | None
 
 
 def entries_of(source: Source, key: str | None = None) -> list[Entry]:
@@ -53,50 +55,13 @@ def entries_of(source: Source, key: str | None = None) -> list[Entry]:
     found = [e for where, tree in wanted.items() for e in _read(source, where, tree)]
     if not found:
         raise ValueError(f"the file must have an EMA that is enabled, got none in {list(wanted)}")
-    names = [entry.name for entry in found if entry.name is not None]
-    if twice := {name for name in names if names.count(name) > 1} if _collide(names) else ():
+    counts = Counter(entry.name for entry in found if entry.name is not None)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise ValueError(
-            f"every EMA must have a name of its own, got {sorted(twice)[0]} twice, in "
-            f"{sorted(wanted)}: pass key= (--key) to take one of them"
+            f"every EMA must have a name of its own, got {twice[0]} twice, in {sorted(wanted)}: "
+            "pass key= (--key) to take one of them"
         )
     return found
-
-
-def named(entries: list[Entry], source: Source, model: Path | None) -> dict[str, Entry]:
-    """The entries by name, every ``main`` being that of the EMA.
-
-    Raises:
-        ValueError: A name or an EMA is not in the files, or not beyond doubt.
-    """
-    given = None if model is None else open_models(model)
-    if any(entry.name is None for entry in entries):
-        if given is None:
-            raise ValueError(
-                "the file holds the EMA by position, without names (the optimizer was not built "
-                "from named_parameters()): pass model= (--model) a file or folder with the model's "
-                "weights of about the same step"
-            )
-        entries = _matched(entries, _one_model(given, {}), given.ordered)
-    by_name = {str(entry.name): entry for entry in entries}
-    if not any(entry.exchanged for entry in entries):
-        return by_name
-    return _from_model(by_name, source if given is None else given)
-
-
-def _matched(entries: list[Entry], model: Model, ordered: bool) -> list[Entry]:
-    known = {entry.name for entry in entries}
-    free = {name: part for name, part in unique(model).items() if name not in known}
-    slots = [Slot(e.label, e.group, e.main) for e in entries if e.name is None]
-    names = iter(match(slots, free, ordered))
-    return [replace(e, name=next(names)) if e.name is None else e for e in entries]
-
-
-def options_of(group: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
-    """The format that a group names, and what is written behind it (``;key=value``)."""
-    name, *rest = str(group.get("ema_format", "")).split(";")
-    return name or None, {
-        k.strip(): v for k, found, v in (part.partition("=") for part in rest) if found
-    }
 
 
 def _read(source: Source, where: str, tree: Tree) -> Iterator[Entry]:
@@ -123,26 +88,26 @@ def _read(source: Source, where: str, tree: Tree) -> Iterator[Entry]:
 def _entry(
     saved: Mapping[str, Any], group: Tree, label: str, place: str, name: str | None
 ) -> Entry:
-    for part in (saved["ema"], saved.get("ema_low"), saved.get("ema_weights")):
-        if part is not None and not isinstance(part, (Part, Mapping)):
-            raise ValueError(
-                f"the EMA of {label} must be a whole, plain tensor, got {type(part).__name__}: a "
-                "sharded one is saved with torch.distributed.checkpoint"
-            )
     main, low, step = saved["ema"], saved.get("ema_low") or None, saved.get("ema_step")
-    _check_format(format_of(main.dtype, low.dtype if low else None), group, label)
+    plain_one = isinstance(main, Part) and isinstance(low, (Part, NoneType))
+    if not plain_one or main.dtype is None:
+        raise ValueError(
+            f"the EMA of {label} must be a whole, plain tensor, got {type(main).__name__}: a "
+            "sharded one is saved with torch.distributed.checkpoint"
+        )
+    notes = parse(group.get("ema_format"), "a param group")
+    _check_format(format_of(main.dtype, low.dtype if low else None), notes.format, label)
     if isinstance(step, Part) and step.is_weight:
         raise ValueError(
             f"the EMA of {label} must be as it was saved, got one that was cast: an optimizer "
             "without an EMA has carried it along and saved it. Take an earlier checkpoint"
         )
     exchanged = bool(plain(group.get("ema_swapped"))) and not saved.get("ema_weights")
-    return Entry(label, place, main, low, exchanged, step, name)
+    return Entry(label, place, main, low, exchanged, step, name, notes.model)
 
 
-def _check_format(found: Format, group: Tree, label: str) -> None:
-    name = options_of(group)[0]
-    known = {str(dtype).removeprefix("torch."): format for dtype, format in FORMATS.items()}
+def _check_format(found: Format, name: str | None, label: str) -> None:
+    known = {format_name(dtype): format for dtype, format in FORMATS.items()}
     whole = found.low is None and found.main.itemsize >= 4
     if name is not None and not (found == known[name] if name in known else whole):
         raise ValueError(
@@ -162,43 +127,6 @@ def _check_step(source: Source, tree: Tree) -> None:
         )
 
 
-def _from_model(entries: dict[str, Entry], source: Source) -> dict[str, Entry]:
-    model = _one_model(source, entries)
-    taken = {
-        name: replace(entry, main=model[name], exchanged=False) if entry.exchanged else entry
-        for name, entry in entries.items()
-    }
-    swapped = [(e.main, taken[name].main) for name, e in entries.items() if e.exchanged]
-    if all(torch.equal(own.load(), other.load()) for own, other in swapped):
-        raise ValueError(
-            "the optimizer was saved while the EMA weights were swapped in, and the model was not: "
-            "both hold the training weights, and the EMA is in neither"
-        )
-    return taken
-
-
-def _one_model(source: Source, entries: Mapping[str, Entry]) -> Model:
-    """The model that has all of these entries."""
-    fit = [
-        model
-        for model in source.models.values()
-        if all(n in model and model[n].shape == e.main.shape for n, e in entries.items())
-    ]
-    if not fit or (entries and len(fit) > 1):
-        got = f"{len(fit)} of the models {sorted(source.models)}"
-        raise ValueError(
-            "the checkpoint was taken while the EMA weights were swapped in: the EMA is in the "
-            f"model's file that was saved with it, got {got} that has every name: pass model= "
-            "(--model) that file"
-            if entries
-            else f"the model's file must hold weights by name, got none in {source.kind}"
-        )
-    shapes = [{name: part.shape for name, part in model.items()} for model in fit]
-    if any(other != shapes[0] for other in shapes):
-        raise ValueError(f"the file must hold one model, got {sorted(source.models)}: pass its own")
-    return fit[0]
-
-
 def _names(group: Mapping[str, Any]) -> list[str] | None:
     found = group.get("param_names") or group.get("ema_entries", {}).get("param_names")
     if found and len(found) == len(group["params"]) and all(isinstance(n, str) for n in found):
@@ -209,7 +137,3 @@ def _names(group: Mapping[str, Any]) -> list[str] | None:
 def _clean(name: str | None) -> str | None:
     """A name as the bare model has it; None for the empty one of what is not in the model."""
     return ".".join(part for part in (name or "").split(".") if part != "_orig_mod") or None
-
-
-def _collide(names: list[str]) -> bool:
-    return len(set(names)) < len(names)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from .._checkpoint.carry import uncarry
-from .entries import Entry, entries_of, options_of
+from .._checkpoint.notes import parse
+from .entries import Entry, entries_of
 from .parts import plain
 from .sources import Source, open_source
 
@@ -26,17 +27,15 @@ def facts(source: Source, entries: Sequence[Entry], key: str | None) -> dict[str
     """What the files say of their EMA; None for what they do not say."""
     trees = source.optimizers.values() if key is None else [source.optimizers[key]]
     groups = [group for tree in trees for group in uncarry(tree)["param_groups"]]
-    options = [options_of(group) for group in groups]
     steps = [int(plain(group["ema_step"])) for group in groups if "ema_step" in group]
-    laws = zip(groups, options, strict=True)
-    decays = [group.get("ema_decay", law.get("decay")) for group, (_, law) in laws]
+    formats = [parse(group.get("ema_format"), "a param group").format for group in groups]
     noted = [group["ema_global_step"] for group in groups if "ema_global_step" in group]
     return {
         "ema_source": source.kind,
         "ema_step": max(steps or _steps(entries)),
         "ema_global_step": source.step if source.step is not None else max(noted, default=None),
-        "ema_decay": _one(decays),
-        "ema_format": _one([name for name, _ in options]),
+        "ema_decay": _one([plain(group.get("ema_decay")) for group in groups]),
+        "ema_format": _one(formats),
         "ema_swapped": any(bool(plain(group.get("ema_swapped"))) for group in groups),
     }
 
