@@ -115,6 +115,13 @@ def test_file_of_an_old_torch_is_a_source(tmp_path):
     assert same(exported(file, tmp_path), optimizer.get_ema_state(model))
 
 
+def test_nested_checkpoint_is_a_source(tmp_path):
+    model, optimizer = trained()
+    nested = {"inner": b"its own form", "ema": optimizer.state_dict()}
+    file = saved(tmp_path, optimizer=nested, epoch=3)
+    assert same(exported(file, tmp_path), optimizer.get_ema_state(model))
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_emamodel_state_is_a_source_by_name(use_buffers, tmp_path):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -324,6 +331,11 @@ def not_plain(folder):
     return saved(folder, optimizer=trained()[1].state_dict(), args=Path), None
 
 
+def one_tensor(folder):
+    torch.save(torch.ones(3), folder / "tensor.pt")
+    return folder / "tensor.pt", None
+
+
 def not_torch(folder):
     (folder / "text.pt").write_text("hello")
     return folder / "text.pt", None
@@ -386,6 +398,7 @@ REFUSED = [
     (two_optimizers, "name of its own"),
     (without_ema, "got none that has an EMA"),
     (not_plain, "got pathlib.Path: it is read with weights_only=True"),
+    (one_tensor, "got none that has an EMA"),
     (not_torch, "a file of torch.save"),
     (weights_file, "got a model's weights"),
     (no_checkpoint, "pass one checkpoint-N"),

@@ -132,15 +132,8 @@ def _open_safetensors(path: Path) -> Source:
 
 
 def _open_tree(path: Path) -> Source:
-    if path.is_dir():
-        from .distributed import tree_of_folder
-
-        try:
-            tree, kind = tree_of_folder(path), "distributed checkpoint"
-        except pickle.UnpicklingError as error:
-            raise _unsafe(path, error) from None
-    else:
-        tree, kind = tree_of(_load(path)), "checkpoint file"
+    tree = _load_folder(path) if path.is_dir() else tree_of(_load(path))
+    kind = "distributed checkpoint" if path.is_dir() else "checkpoint file"
     found = Source(kind, ordered=path.is_file())
     for where, node in _walk(tree, ()):
         if is_optimizer(node):
@@ -148,11 +141,20 @@ def _open_tree(path: Path) -> Source:
                 found.optimizers[where] = state_dict
         elif model := {k: v for k, v in node.items() if isinstance(v, Part) and isinstance(k, str)}:
             found.models[where] = model
-    if "callbacks" in tree and "optimizer_states" in tree:
+    if isinstance(tree, dict) and "callbacks" in tree and "optimizer_states" in tree:
         found.kind = "Lightning checkpoint"
         found.names = _lightning_names(tree)
         found.step = tree.get("global_step")
     return found
+
+
+def _load_folder(path: Path) -> Any:
+    from .distributed import tree_of_folder
+
+    try:
+        return tree_of_folder(path)
+    except pickle.UnpicklingError as error:
+        raise _unsafe(path, error) from None
 
 
 def _load(path: Path) -> Any:
