@@ -10,7 +10,7 @@ from .._engines.sharding import local, reshard_model
 from .buckets import own_dtypes
 from .options import check_tensor, whole_format
 from .shadow_set import ShadowSet, no_autograd
-from .slots import Slot
+from .slots import Group, Slot
 from .store import stored
 
 # Of data-parallel wrappers, DeepSpeed's engine inside Lightning, and a module's own network.
