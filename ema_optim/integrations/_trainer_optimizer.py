@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -91,18 +91,11 @@ def renewed(old: TrainerEMAOptimizer, options: dict[str, Any]) -> TrainerEMAOpti
     """Another wrapper of the same optimizer, with other options; the EMA goes on in it."""
     old.train()
     saved = None if old.missed else carry.uncarry(EMAOptimizer._state_dict(old))
-    _forget_clock(old.param_groups)
     made = TrainerEMAOptimizer(old.inner, **options)
     if saved is not None:
         read.read(made._ema, saved).install(made._ema)
         made._mark_groups()
     return made
-
-
-def _forget_clock(groups: Sequence[dict[str, Any]]) -> None:
-    # A mark in a group without an EMA is where its clock would go on from.
-    for group in groups:
-        group.pop("ema_step", None)
 
 
 def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
@@ -116,8 +109,6 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     elif shadow.trainer_step not in (None, global_step):
         read.Loaded({}).install(shadow)
     carry.drop(groups)
-    if not shadow.slots:
-        _forget_clock(groups)
     shadow.trainer_step = None  # seen to; a later training begins at another step
     if global_step and not shadow.slots and "cold" not in shadow.warned:
         shadow.warned.add("cold")
