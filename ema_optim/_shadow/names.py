@@ -1,6 +1,6 @@
 """EMA weights by parameter name: what ``get_ema_state`` and ``load_ema_state`` exchange."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
