@@ -138,6 +138,16 @@ def test_folder_of_a_killed_save_is_written_anew(tmp_path):
     assert not (tmp_path / "checkpoint-8/ema/model-00001.safetensors").exists()
 
 
+def test_rank_that_does_not_write_leaves_the_folders_of_the_writer_alone(tmp_path):
+    half = tmp_path / "ema.tmp/ema/model.safetensors"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    with _pretrained.written_aside(str(tmp_path), writes=False):
+        pass
+    assert half.exists()
+    assert not (tmp_path / "ema").exists()
+
+
 OTHERS = {
     "decay": ({"decay": 0.5}, 16),
     "stride": ({"decay": DECAY, "update_every": 2}, 8),

@@ -46,17 +46,19 @@ def is_there(checkpoint: str) -> bool:
 
 
 @contextmanager
-def written_aside(checkpoint: str) -> Iterator[str]:
+def written_aside(checkpoint: str, writes: bool = True) -> Iterator[str]:
     """A folder to write into in place of ``checkpoint``, whose ``ema`` is then moved there whole.
 
-    A save that is killed so leaves no ``checkpoint/ema`` in which files are missing.
+    A save that is killed so leaves no ``checkpoint/ema`` in which files are missing. Only the rank
+    that writes touches the disk.
     """
     aside, there = os.path.join(checkpoint, "ema.tmp"), os.path.join(checkpoint, "ema")
-    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    if writes:
+        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
     yield aside
-    if os.path.isdir(made := os.path.join(aside, "ema")):  # else another rank writes
+    if writes:
         shutil.rmtree(there, ignore_errors=True)
-        os.replace(made, there)
+        os.replace(os.path.join(aside, "ema"), there)
         shutil.rmtree(aside)
 
 

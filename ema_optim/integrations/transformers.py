@@ -240,7 +240,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if not writes and not _pretrained.sharded(model):
             return
         _put_back(self.optimizer)  # an evaluation may have failed half-way
-        with self.optimizer.swap_ema_weights(), _pretrained.written_aside(checkpoint) as aside:
+        aside_of = _pretrained.written_aside(checkpoint, writes)
+        with self.optimizer.swap_ema_weights(), aside_of as aside:
             folder = _pretrained.ema_folder(model, aside)
             _pretrained.save_model(model, folder, writes)
             if writes and kwargs.get("processing_class") is not None:
