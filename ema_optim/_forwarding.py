@@ -1,19 +1,14 @@
 """An optimizer that stands in front of another one: torch's surface and hooks, no arithmetic."""
 
 import copy
-from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.optim import Optimizer
 
-from ._checkpoint.nested import check_served
-from ._engines.sharding import refuse_flat
-from ._shadow.options import check_options
-from ._shadow.slots import Group
+Group = dict[str, Any]
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -30,7 +25,7 @@ class ForwardingOptimizer(Optimizer):
 
     Forwarded and not shared: torch replaces ``param_groups`` on every load, and a second reference
     to the old ones would disconnect the learning-rate scheduler without a word. The instance's
-    hooks run here, around the abstract methods; the inner optimizer's and torch's global ones run
+    hooks run here, around what a subclass does; the inner optimizer's and torch's global ones run
     inside the inner optimizer: each once.
     """
 
@@ -103,26 +98,10 @@ class ForwardingOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return bool(self.inner._step_supports_amp_scaling)  # type: ignore[attr-defined]
 
-    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Run the inner optimizer's step, then average.
-
-        Neither the EMA nor its counter moves on a step that a ``GradScaler`` has skipped. Hooks
-        run in this order: this optimizer's pre-hooks, torch's global ones, the inner optimizer's;
-        the step; the inner optimizer's post-hooks, the global ones, the average, this optimizer's.
-        Global hooks are handed the inner optimizer, once, and see the EMA of the step before.
-
-        Args:
-            closure: Reevaluates the model and returns the loss; passed through once.
-            *args: What the inner step takes beside it.
-            **kwargs: What the inner step takes beside it, by name.
-
-        Returns:
-            What the inner step returned.
-
-        Raises:
-            RuntimeError: The EMA weights are in the parameters (inside ``swap_ema_weights()``,
-                after ``eval()``, or after loading a checkpoint written while swapped).
-        """
+    def _hooked_step(
+        self, step: Callable[..., Any], closure: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a step between this instance's hooks."""
         # With the optimizer in front, as torch hands the arguments to hooks.
         args = (self, closure, *args) if args or closure is not None else (self,)
         for pre_hook in self._optimizer_step_pre_hooks.values():
@@ -132,60 +111,33 @@ class ForwardingOptimizer(Optimizer):
                         f"a step pre-hook must return None or (args, kwargs), got {changed!r}"
                     )
                 args, kwargs = changed
-        result = self._step(*args[1:], **kwargs)
+        result = step(*args[1:], **kwargs)
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, args, kwargs)
         return result
 
-    # Torch would wrap this function for the global hooks and the profiler; the inner step is.
-    step.hooked = True  # type: ignore[attr-defined]
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state dict with the EMA in it: all that a resume needs.
-
-        Right at any time. Written while swapped, it goes with the model's state dict of the same
-        moment; the training weights come back after loading both.
-        """
+    def _hooked_state_dict(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Make a state dict between this instance's hooks."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self._state_dict()
+        state_dict = save()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             if (changed := post_hook(self, state_dict)) is not None:
                 state_dict = changed
         return state_dict
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint, the EMA bit for bit.
-
-        What the constructor was given (``decay``, ``update_every``, ...) is not overwritten. A
-        checkpoint without an EMA loads too: the EMA then begins at the weights of the next step.
-
-        Args:
-            state_dict: From ``EMAOptimizer.state_dict()`` or from the inner optimizer alone.
-
-        Raises:
-            ValueError, TypeError: The checkpoint is damaged or another model's; the message names
-                the parameter. Nothing has changed then.
-        """
+    def _hooked_load_state_dict(
+        self, load: Callable[[dict[str, Any]], None], state_dict: Mapping[str, Any]
+    ) -> None:
+        """Load a state dict between this instance's hooks."""
         if isinstance(state_dict, Mapping):  # that of a chain may be a list
             state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             if (changed := pre_hook(self, state_dict)) is not None:
                 state_dict = changed
-        self._load_state_dict(state_dict)
+        load(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    @abstractmethod
-    def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any: ...
-
-    @abstractmethod
-    def _state_dict(self) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def _load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
     def _load_inner(self, state_dict: dict[str, Any]) -> None:
         before = self.inner.state, self.inner.param_groups
@@ -215,32 +167,6 @@ class ForwardingOptimizer(Optimizer):
         self._warned_capturable_if_run_uncaptured = True
 
 
-def check_inner(optimizer: Optimizer) -> None:
-    """Raise TypeError or ValueError for what cannot be wrapped."""
-    if isinstance(optimizer, type):
-        raise TypeError(
-            f"optimizer must be an optimizer, got the class {optimizer.__name__}: build it first, "
-            "or use EMAOptimizer.for_class"
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
-    if isinstance(optimizer, ForwardingOptimizer):
-        raise TypeError("optimizer must not be an EMAOptimizer already, got one: use that one")
-    check_served(optimizer)
-    for group in optimizer.param_groups:
-        check_options(group)
-        refuse_flat(group["params"])
-
-
-def check_new_group(group: Group) -> None:
-    """Raise TypeError or ValueError for a param group that cannot be added."""
-    if not isinstance(group, dict) or "params" not in group:
-        raise TypeError(f"param_group must be a dict with 'params', got {group!r}")
-    if not isinstance(group["params"], (torch.Tensor, set)):
-        group["params"] = list(group["params"])  # a generator would be empty for the inner
-    check_options(group)
-
-
 def inner_step(
     inner: Optimizer, closure: Callable[[], Any] | None, args: tuple[Any, ...], kwargs: Any
 ) -> Any:
@@ -258,7 +184,7 @@ def call_if_there(optimizer: Optimizer, name: str) -> None:
         method()
 
 
-def ema_class(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
+def forwarding_class(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
     """A subclass of ``base`` that builds its inner optimizer from ``(params, ...)``."""
 
     def __init__(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -281,5 +207,5 @@ def ema_class(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
 
 
 def _blank(base: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
-    made = ema_class(base, optimizer_class, options)
+    made = forwarding_class(base, optimizer_class, options)
     return made.__new__(made)

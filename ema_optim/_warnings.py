@@ -20,3 +20,13 @@ def _is_ours(level: int) -> bool:
     except ValueError:  # the stack ends inside the package: an embedding without a user frame
         return False
     return any(name == ours or name.startswith(f"{ours}.") for ours in _OURS)
+
+
+class Warned(set[str]):
+    """The kinds of warnings that one object has given already."""
+
+    def once(self, kind: str, message: str) -> None:
+        """Warn, unless that kind was given before."""
+        if kind not in self:
+            self.add(kind)
+            warn(message)

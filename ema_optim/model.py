@@ -16,7 +16,6 @@ from ._shadow.movement import Movement
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
 from ._shadow.swap_state import Mode
-from ._warnings import warn
 from .schedules import Decay
 
 
@@ -108,9 +107,7 @@ class EMAModel:
         self._refuse_in_block("reset()")
         self._source.look(self._ema, anew=True)
         swap.refuse_others(self._ema, "reset()")
-        self._ema.clear()
-        slots = {param: self._ema.birth(param) for param in self._ema.members()}
-        read.Loaded(slots).install(self._ema)
+        self._ema.follow_members()
 
     def update(self) -> None:
         """Average once; call it after every optimizer step (not after every micro-batch).
@@ -123,12 +120,12 @@ class EMAModel:
         with self._ema.swap.alone("update()"):
             swap.refuse_others(self._ema, "update()")
             self._ema.finish_step(self._ema.begin_step())
-        if "rests" not in self._ema.warned and self._movement.rests(self._ema.groups[0]["params"]):
-            self._ema.warned.add("rests")
-            warn(
+        if self._movement.rests(self._ema.groups[0]["params"]):
+            self._ema.warned.once(
+                "rests",
                 "update() was called although the weights had not moved, at 3 of the last 4 "
                 "updates: call it once after every optimizer step, not after every micro-batch "
-                "(nor after a step that a GradScaler has skipped)"
+                "(nor after a step that a GradScaler has skipped)",
             )
 
     @contextmanager
@@ -183,7 +180,7 @@ class EMAModel:
         swap.recover(self._ema)
         self._source.look(self._ema)
         swap.refuse_others(self._ema, "apply_ema()")
-        report.check_export(self._ema)
+        report.warn_export(self._ema)
         swap.apply(self._ema)
 
     def get_ema_state(self) -> dict[str, Tensor]:
@@ -195,7 +192,7 @@ class EMAModel:
         """
         swap.recover(self._ema)
         self._source.look(self._ema)
-        report.check_export(self._ema)
+        report.warn_export(self._ema)
         return names.ema_state(self._ema, self.model)
 
     def ema_metrics(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ and this class forwards to both. It composes and does not share: torch replaces 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,21 +18,13 @@ from torch.optim import Optimizer
 from ._arithmetic.formats import EMADtype
 from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
-from ._forwarding import (
-    ForwardingOptimizer,
-    call_if_there,
-    check_inner,
-    check_new_group,
-    ema_class,
-    inner_step,
-)
+from ._forwarding import ForwardingOptimizer, call_if_there, forwarding_class, inner_step
 from ._shadow import names, pending, report, swap
-from ._shadow.buckets import Lane
 from ._shadow.compiled import CompiledStep
+from ._shadow.options import check_groups, check_new_group, check_wrappable
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
 from ._shadow.swap_state import Mode
-from ._warnings import warn
 from .schedules import Decay
 
 
@@ -89,15 +81,16 @@ class EMAOptimizer(ForwardingOptimizer):
         dtype: EMADtype = None,
         module: nn.Module | None = None,
     ) -> None:
-        check_inner(optimizer)
+        check_wrappable(optimizer, EMAOptimizer)
+        nested.check_served(optimizer)
+        check_groups(optimizer.param_groups)
         shadow = ShadowSet(optimizer, decay, update_every, update_after_step, dtype, module)
         if layout.clear_reserved(optimizer):
             shadow.warned.add("cold")
         super().__init__(optimizer)
-        self._ema = shadow
-        self._view = StateView(optimizer, shadow)
-        shadow.given = list(map(layout.options_of, self.param_groups))
-        self._mark_groups()
+        self._ema, self._view = shadow, StateView(optimizer, shadow)
+        shadow.note_given(map(layout.options_of, self.param_groups))
+        shadow.mark()
 
     @property
     def state(self) -> Any:
@@ -108,35 +101,48 @@ class EMAOptimizer(ForwardingOptimizer):
     def state(self, value: Mapping[Any, Any]) -> None:
         replace_state(self._view, value)
 
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Run the inner optimizer's step, then average.
+
+        Neither the EMA nor its counter moves on a step that a ``GradScaler`` has skipped. Hooks
+        run in this order: this optimizer's pre-hooks, torch's global ones, the inner optimizer's;
+        the step; the inner optimizer's post-hooks, the global ones, the average, this optimizer's.
+        Global hooks are handed the inner optimizer, once, and see the EMA of the step before.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; passed through once.
+            *args: What the inner step takes beside it.
+            **kwargs: What the inner step takes beside it, by name.
+
+        Returns:
+            What the inner step returned.
+
+        Raises:
+            RuntimeError: The EMA weights are in the parameters (inside ``swap_ema_weights()``,
+                after ``eval()``, or after loading a checkpoint written while swapped).
+        """
+        return self._hooked_step(self._step, closure, args, kwargs)
+
+    # Torch would wrap this function for the global hooks and the profiler; the inner step is.
+    step.hooked = True  # type: ignore[attr-defined]
+
     def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a graph knows of no other threads
-            return self._step_alone(closure, *args, **kwargs)
-        with self._ema.swap.alone("step()"):
-            return self._step_alone(closure, *args, **kwargs)
-
-    def _step_alone(
-        self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        swap.recover(self._ema)
-        swap.check_can_step(self._ema, closure is not None)
-        self._resolve_pending()
-        lane = self._ema.begin_step()
-        compiled = None if torch.compiler.is_compiling() else self._ema.compiled
-        if compiled is not None and not compiled.refuses(args, kwargs):
-            result, plan = compiled.step(self.inner, lane and lane.plan, closure)
-            if lane is not None:
-                lane.plan = plan
-        else:
-            result = inner_step(self.inner, closure, args, kwargs)
-        self._ema.check_keys(layout.STATE_KEYS)
-        if not self._was_skipped():
-            self._ema.finish_step(lane)
-            self._mark_clocks(lane)
+        ema, compiling = self._ema, torch.compiler.is_compiling()
+        # A compiled graph knows of no other threads.
+        with nullcontext() if compiling else ema.swap.alone("step()"):
+            swap.recover(ema)
+            swap.check_can_step(ema, closure is not None)
+            swap.resolve_pending(ema)
+            lane, compiled = ema.begin_step(), None if compiling else ema.compiled
+            if compiled is not None and not compiled.refuses(args, kwargs):
+                result = compiled.step(self.inner, lane, closure)
+            else:
+                result = inner_step(self.inner, closure, args, kwargs)
+            ema.keys.look(self.inner, layout.STATE_KEYS)
+            # A fused inner optimizer is stepped in any case, and told by the scaler to skip.
+            if not getattr(self.inner, "found_inf", None):
+                ema.finish_step(lane)
         return result
-
-    def _mark_clocks(self, lane: Lane | None) -> None:
-        for group, clock in zip(self.param_groups, lane.clocks if lane else (), strict=False):
-            group["ema_step"] = self._ema.step if clock is None else clock.steps
 
     @property
     def swapped(self) -> bool:
@@ -168,26 +174,21 @@ class EMAOptimizer(ForwardingOptimizer):
         if not enabled:
             yield
             return
-        self._get_ready()
-        try:
-            with swap.block(self._ema, "swap_ema_weights()", self._ema.module):
-                self._mark_groups()
-                yield
-        finally:
-            self._mark_groups()
+        swap.get_ready(self._ema)
+        with swap.block(self._ema, "swap_ema_weights()", self._ema.module):
+            yield
 
     use_ema = swap_ema_weights
 
     def eval(self) -> None:
         """Put the EMA weights in until ``train()``; a no-op after ``eval()`` or inside a block."""
-        self._get_ready()
+        swap.get_ready(self._ema)
         if self._ema.mode is not Mode.TRAIN:
             return
         # The inner optimizer first: schedule-free moves the weights it finds.
         call_if_there(self.inner, "eval")
         try:
             swap.enter_eval(self._ema)
-            self._mark_groups()
         except BaseException:
             self.train()
             raise
@@ -198,7 +199,7 @@ class EMAOptimizer(ForwardingOptimizer):
         Raises:
             RuntimeError: Inside ``swap_ema_weights()``: leaving the block puts them back.
         """
-        self._get_ready()
+        swap.get_ready(self._ema)
         swap.refuse_swapped(self._ema, "train()", also_after_eval=False)
         self.put_back()
         call_if_there(self.inner, "train")
@@ -209,10 +210,7 @@ class EMAOptimizer(ForwardingOptimizer):
         For a trainer whose inner optimizer has to stay in its own ``eval()``; a no-op otherwise.
         """
         if self._ema.mode is Mode.EVAL or self._ema.swap.is_interrupted:
-            try:
-                swap.put_back_for_good(self._ema)
-            finally:
-                self._mark_groups()
+            swap.put_back_for_good(self._ema)
 
     def evaluate_with_ema(self, enabled: bool) -> None:
         """Decide what ``eval()`` shows: the EMA weights, or what the parameters hold already.
@@ -229,32 +227,15 @@ class EMAOptimizer(ForwardingOptimizer):
         Raises:
             RuntimeError: Another object has its EMA weights in the parameters.
         """
-        self._get_ready()
+        swap.get_ready(self._ema)
         swap.refuse_others(self._ema, "apply_ema()")
-        report.check_export(self._ema)
+        report.warn_export(self._ema)
         swap.apply(self._ema)
-        self._mark_groups()
-
-    def _mark_groups(self) -> None:
-        for group in self.param_groups:
-            group.update(layout.marks(self._ema, group))
-
-    def _get_ready(self) -> None:
-        """Finish what an interrupt or a load has left to be done."""
-        if self._ema.swap.is_interrupted:
-            swap.recover(self._ema)
-            self._mark_groups()
-        self._resolve_pending()
-
-    def _resolve_pending(self) -> None:
-        if self._ema.mode is Mode.PENDING:
-            swap.resolve_pending(self._ema)
-            self._mark_groups()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
         if self._ema.held is None:  # else the model's file may still be to come
-            self._resolve_pending()
+            swap.resolve_pending(self._ema)
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -268,8 +249,8 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         check_new_group(param_group)
         self.inner.add_param_group(param_group)
-        self._ema.given.append(layout.options_of(self.param_groups[-1]))
-        self._mark_groups()
+        self._ema.note_given([layout.options_of(self.param_groups[-1])])
+        self._ema.mark()
 
     def compile(self, **torch_compile_kwargs: Any) -> None:
         r"""Make the inner step and the EMA one compiled graph, which reads each weight once.
@@ -292,8 +273,7 @@ class EMAOptimizer(ForwardingOptimizer):
         Raises:
             TypeError: ``torch.compile`` does not know an option.
         """
-        self._ema.compiled = CompiledStep(torch_compile_kwargs)
-        self._ema.compiled.check(self.inner)
+        self._ema.compile(CompiledStep(torch_compile_kwargs), self.inner)
 
     def reset(self) -> None:
         """Have the average and its warm-up begin anew, as newly built.
@@ -306,12 +286,10 @@ class EMAOptimizer(ForwardingOptimizer):
         Raises:
             RuntimeError: The EMA weights are swapped in.
         """
-        self._get_ready()
+        swap.get_ready(self._ema)
         swap.refuse_swapped(self._ema, "reset()")
         self._ema.clear()
-        for group in self.param_groups:
-            group["ema_step"] = 0
-        self._mark_groups()
+        self._ema.mark()
 
     def get_ema_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The EMA weights by parameter name, without touching the live weights.
@@ -333,7 +311,7 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         swap.recover(self._ema)
         pending.check_model(self._ema)  # what the EMA is of may be in the model's file
-        report.check_export(self._ema)
+        report.warn_export(self._ema)
         return names.ema_state(self._ema, model)
 
     def load_ema_state(
@@ -355,10 +333,10 @@ class EMAOptimizer(ForwardingOptimizer):
             ValueError: A tensor has another shape than its parameter, or lies on another mesh.
             RuntimeError: The EMA weights are swapped in.
         """
-        self._get_ready()
+        swap.get_ready(self._ema)
         swap.refuse_swapped(self._ema, "load_ema_state()")
         names.load_ema_state(self._ema, model, state, strict)
-        self._mark_groups()
+        self._ema.mark()
 
     def ema_metrics(self) -> dict[str, float]:
         """The health of the EMA, for a logger.
@@ -374,25 +352,51 @@ class EMAOptimizer(ForwardingOptimizer):
         swap.recover(self._ema)
         return report.metrics(self._ema)
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict with the EMA in it: all that a resume needs.
+
+        Right at any time. Written while swapped, it goes with the model's state dict of the same
+        moment; the training weights come back after loading both.
+        """
+        return self._hooked_state_dict(self._state_dict)
+
     def _state_dict(self) -> dict[str, Any]:
         swap.recover(self._ema)
         inner = self.inner.state_dict()
-        if nested.is_torch_form(inner, self.param_groups):
-            return layout.merge(inner, self._ema)
-        return nested.nest(inner, self._ema)
+        is_torch_form = nested.is_torch_form(inner, self.param_groups)
+        return layout.merge(inner, self._ema) if is_torch_form else nested.nest(inner, self._ema)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint, the EMA bit for bit.
+
+        What the constructor was given (``decay``, ``update_every``, ...) is not overwritten. A
+        checkpoint without an EMA loads too: the EMA then begins at the weights of the next step.
+
+        Args:
+            state_dict: From ``EMAOptimizer.state_dict()`` or from the inner optimizer alone.
+
+        Raises:
+            ValueError, TypeError: The checkpoint is damaged or another model's; the message names
+                the parameter. Nothing has changed then.
+        """
+        self._hooked_load_state_dict(self._load_state_dict, state_dict)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         swap.recover(self._ema)
-        own, merged = nested.parts(state_dict, self.inner, self.param_groups)
+        theirs, merged = nested.parts(state_dict, self.inner, self.param_groups)
         merged = carry.uncarry(merged)
         loaded = read.read(self._ema, merged)
         before = [dict(group) for group in self.param_groups]
-        self._load_inner(layout.split(merged)[0] if own is None else own)
+        self._load_inner(layout.split(merged)[0] if theirs is None else theirs)
         loaded.install(self._ema)
         read.keep_options(self._ema, before, merged["param_groups"])
-        if (loaded.cold or own is state_dict) and "cold" not in self._ema.warned:
-            self._ema.warned.add("cold")
-            warn("the checkpoint holds no EMA: it begins at the weights of the next step")
+        self._ema.mark()
+        if loaded.cold or theirs is state_dict:
+            self._ema.warned.once(
+                "cold", "the checkpoint holds no EMA: it begins at the weights of the next step"
+            )
 
     @classmethod
     def for_class(cls, optimizer_class: type[Optimizer], **options: Any) -> type["EMAOptimizer"]:
@@ -405,7 +409,7 @@ class EMAOptimizer(ForwardingOptimizer):
         Returns:
             A class whose instances are ``EMAOptimizer(optimizer_class(params, ...), ...)``.
         """
-        made: type[EMAOptimizer] = ema_class(cls, optimizer_class, options)
+        made: type[EMAOptimizer] = forwarding_class(cls, optimizer_class, options)
         return made
 
     def __repr__(self) -> str:
@@ -425,6 +429,3 @@ class EMAOptimizer(ForwardingOptimizer):
         """Restore what ``__getstate__`` gave."""
         super().__setstate__(state)
         self._view = StateView(self.inner, self._ema)
-
-    def _was_skipped(self) -> bool:
-        return bool(getattr(self.inner, "found_inf", None))

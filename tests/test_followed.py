@@ -260,7 +260,7 @@ def test_parameters_added_one_at_a_time_share_a_bucket():
         optimizer.add_param_group({"params": [param(2)]})
         train(optimizer)
     train(optimizer)
-    (lane,) = optimizer._ema._lanes.values()
+    (lane,) = optimizer._ema._lanes
     assert len(lane.buckets) <= 2  # the last one was a placeholder when the lists were made
 
 

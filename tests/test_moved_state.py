@@ -144,11 +144,11 @@ def test_reading_the_state_never_writes():
     p = param(3)
     optimizer = EMAOptimizer(SGD([p], lr=0.1), 0.5, update_after_step=3)
     train(optimizer, 2)
-    (lane,) = optimizer._ema._lanes.values()
+    (lane,) = optimizer._ema._lanes
     assert optimizer.state[p]["ema"] is optimizer.state[p]["ema"]
     assert optimizer.state is optimizer.state
     repr(optimizer.state)
-    assert list(optimizer._ema._lanes.values()) == [lane]
+    assert list(optimizer._ema._lanes) == [lane]
 
 
 def test_a_placeholder_is_shown_as_last_seeded_and_saved_as_the_weights():

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ema_optim import EMAModel, EMAOptimizer, strip_ema_state_dict
-from ema_optim._shadow.store import read_
+from ema_optim._shadow.slots import read_
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao warns at import of the kernels it lacks

@@ -10,7 +10,7 @@ from torch import nn
 from ema_optim import EMAModel, EMAOptimizer, strip_ema_state_dict
 from ema_optim._arithmetic.formats import format_of
 from ema_optim._shadow.options import ema_format
-from ema_optim._shadow.store import stored
+from ema_optim._shadow.slots import stored
 
 DECAY = 0.9
 FORMATS = ["float32_compensated", "float24", torch.bfloat16]

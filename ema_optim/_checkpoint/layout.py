@@ -39,21 +39,11 @@ GROUP_OPTIONS = ("ema_decay", "ema_enabled", "ema_dtype")
 GROUP_MARKS = ("ema_step", "ema_swapped", "ema_format", "ema_global_step")
 
 
-def marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
-    """The entries that every live param group carries."""
-    dtype = group.get("ema_dtype")
-    return {
-        "ema_step": shadow.clock_of(group),
-        "ema_swapped": "swapped" if shadow.swapped else False,
-        "ema_format": format_name(shadow.dtype if dtype is None else dtype),
-    }
-
-
 def saved_marks(
     shadow: ShadowSet, index: int, group: Group, params: Sequence[Tensor]
 ) -> dict[str, Any]:
     """The entries of a param group in a checkpoint; ``params`` are those no earlier group has."""
-    live = marks(shadow, group)
+    live = shadow.marks(group)
     followed = {param: slot for param in params if (slot := shadow.find(param)) is not None}
     without = frozenset(i for i, p in enumerate(group["params"]) if shadow.find(p) is None)
     name = live["ema_format"]
@@ -107,7 +97,7 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
             state[key] = {**state.get(key, {}), **entries}
     pairs = list(zip(groups, packed["param_groups"], strict=True))
     if not shadow.sees_steps:
-        marked = [{**saved, **marks(shadow, group)} for group, saved in pairs]
+        marked = [{**saved, **shadow.marks(group)} for group, saved in pairs]
         return {**packed, "state": state, "param_groups": marked}
     unique: list[list[Tensor]] = [[] for _ in groups]
     for pair in found:

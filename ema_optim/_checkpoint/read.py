@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._arithmetic.formats import FORMATS, format_of
 from .._engines.quantized import copy_like
+from .._shadow.holdings import no_autograd
 from .._shadow.options import check_low, check_options, check_tensor, format_name
 from .._shadow.pending import Held, held
-from .._shadow.shadow_set import ShadowSet, no_autograd
-from .._shadow.slots import Group, Slot
-from .._shadow.store import Parts, restored
-from .layout import Pair, StateDict, marks, options_of, packed_pairs, split
+from .._shadow.shadow_set import ShadowSet
+from .._shadow.slots import Group, Parts, Slot, restored
+from .layout import Pair, StateDict, options_of, packed_pairs, split
 from .notes import Notes, parse
 
 
@@ -42,10 +42,7 @@ class Loaded:
 
     def install(self, shadow: ShadowSet) -> None:
         """Replace the shadow set's EMA; what was swapped in before is forgotten."""
-        shadow.clear()
-        shadow.slots, shadow.step = self.slots, self.step
-        shadow.swap.load(dict(self.slots) if self.swapped else {})
-        shadow.trainer_step, shadow.held = self.trainer_step, self.held
+        shadow.load(self.slots, self.step, self.swapped, self.held, self.trainer_step)
 
 
 def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
@@ -92,7 +89,6 @@ def keep_options(shadow: ShadowSet, before: Sequence[Group], saved: Sequence[Gro
     """
     for index, (group, old, new) in enumerate(zip(shadow.groups, before, saved, strict=True)):
         group.update({**options_of(old), **options_of(new), **_given(shadow, index)})
-        group.update(marks(shadow, group))
 
 
 def _given(shadow: ShadowSet, index: int) -> Group:
@@ -128,7 +124,7 @@ class _Entry:
         clock = options.get("ema_step")  # of its group; old checkpoints of EMAModel have none
         self.clock = None if clock is None else _count(clock, f"the group of {label}")
         self.param, self.saved, self.label = param, saved, label
-        self.decay, self.dtype = options.get("ema_decay"), options.get("ema_dtype")
+        self.options = options
 
     def slot(self, shadow: ShadowSet, step: int, swapped: bool) -> Slot:
         if self.count > step:
@@ -136,12 +132,12 @@ class _Entry:
                 f"ema_step of {self.label} must be at most its param group's {step}, got "
                 f"{self.count}: the checkpoint is damaged"
             )
-        updates, share = shadow.counter_at(self.count, step, self.decay)
+        updates, share = shadow.counter_at(self.count, step, self.options.get("ema_decay"))
         parts = self.saved["ema"], self.saved.get("ema_low")
         if swapped:
             slot = self._exchanged(shadow, parts)
         else:
-            slot = shadow.slot_of(self.param, parts, self.dtype)
+            slot = shadow.new_slot(self.param, shadow.options.of(self.options), parts)
         slot.set_counts(step, updates, share)
         return slot
 

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._engines.quantized import copy_like, dense_like
-from .._engines.sharding import local, part_for
+from .._shadow.holdings import no_autograd
 from .._shadow.options import check_low, check_tensor
-from .._shadow.shadow_set import ShadowSet, no_autograd
+from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Slot
-from .._shadow.store import restored
 from .layout import STATE_KEYS, slot_entries
 
 
@@ -176,14 +174,10 @@ def _write(shadow: ShadowSet, param: Tensor, entries: Mapping[str, Any]) -> None
         check_tensor("ema", entries["ema"], param)
     if "ema_low" in entries:
         check_low("ema_low", entries["ema_low"], param)
-    slot = shadow.find(param)
-    if slot is None:
-        slot = shadow.slots[param] = shadow.birth(param)
-    shadow.forget_lanes()
+    slot = shadow.slot_for(param)
     with no_autograd():
         if "ema" in entries and "ema_low" in entries:
-            parts = entries["ema"], entries["ema_low"]
-            slot.ema, slot.low = restored(param, parts, slot.format)
+            slot.hold(param, (entries["ema"], entries["ema_low"]))
             entries = {k: v for k, v in entries.items() if k not in ("ema", "ema_low")}
         for key, value in entries.items():
             _SETTERS[key](shadow, param, slot, value)
@@ -191,32 +185,22 @@ def _write(shadow: ShadowSet, param: Tensor, entries: Mapping[str, Any]) -> None
 
 def _set_ema(shadow: ShadowSet, param: Tensor, slot: Slot, value: Tensor) -> None:
     if value.dtype == slot.ema.dtype:
-        slot.ema = _copy(param, slot.ema, value)
+        slot.hold(param, (value, slot.low))  # of two tensors the other one may follow
     else:
-        slot.ema, slot.low = restored(param, (value, None), slot.format)
+        slot.hold(param, (value, None))
 
 
 def _set_low(shadow: ShadowSet, param: Tensor, slot: Slot, value: Tensor) -> None:
     if slot.low is not None:
-        slot.low = _copy(param, slot.low, value)
+        slot.hold(param, (slot.ema, value))
 
 
 def _set_step(shadow: ShadowSet, param: Tensor, slot: Slot, value: Any) -> None:
-    if int(value) != shadow.ema_step(slot):
-        shadow.step = max(shadow.step, int(value))  # no parameter is ahead of the clock
-        steps = max(slot.counter.steps, int(value))
-        slot.set_counts(steps, *shadow.counter_at(int(value), steps, None))
+    shadow.set_ema_step(slot, int(value))
 
 
 def _set_parked(shadow: ShadowSet, param: Tensor, slot: Slot, value: Tensor) -> None:
-    if slot.parked is not None:
-        slot.parked = copy_like(param, value)
+    slot.park(param, value)
 
 
 _SETTERS = {"ema": _set_ema, "ema_step": _set_step, "ema_weights": _set_parked, "ema_low": _set_low}
-
-
-def _copy(param: Tensor, old: Tensor, value: Tensor) -> Tensor:
-    new = dense_like(param, old.dtype)
-    local(new).copy_(part_for(param, value.detach()))
-    return new

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from .._arithmetic.average import Casts
-from .._arithmetic.formats import EMADtype, Format
+from .._arithmetic.formats import Format
 from .._engines.quantized import dense, is_quantized
 from .._engines.sharding import first_element, is_sharded, local, local_parts
 from ..schedules import Decay, decay_factor
+from .options import Options
 from .slots import Counter, Group, Slot, place_of
 
 _dtype, _size = attrgetter("dtype"), Tensor.numel
@@ -79,78 +78,6 @@ class Bucket:
         return list(map(dense, self.params)) if self.quantized else self.params
 
 
-@dataclass(eq=False, slots=True)
-class Lane:
-    """The buckets of the param groups that step together, and what they were made from.
-
-    Attributes:
-        groups: The param groups.
-        params: All their parameters.
-        followed: Those that have an EMA, their ``dtypes`` and ``sizes`` in elements.
-        waiting: Those that have none yet, though their group has the EMA enabled.
-        lazy: Those of ``waiting`` that have no shape yet.
-        clocks: For each group the counter of its clock; None for a group without an EMA.
-        used: The number of the step that has used it last, over all lanes.
-        plan: The updates that the step under way will make, with their factors.
-    """
-
-    groups: list[Group]
-    params: list[Tensor]
-    followed: list[Tensor]
-    dtypes: list[torch.dtype]
-    sizes: list[int]
-    waiting: list[Tensor]
-    lazy: list[Tensor]
-    device: torch.device | None
-    options: list[tuple[Any, ...]]
-    buckets: list[Bucket]
-    clocks: list[Counter | None]
-    used: int = 0
-    plan: list[tuple[Bucket, float]] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, groups: Sequence[Group], buckets: list[Bucket], slots: Mapping[Tensor, Slot]
-    ) -> "Lane":
-        """The lane of buckets that were just made from these groups."""
-        params = params_of(groups)
-        followed = [param for bucket in buckets for param in bucket.params]
-        waiting = [
-            p for g in groups if g.get("ema_enabled", True) for p in g["params"] if p not in slots
-        ]
-        lazy = [param for param in waiting if is_lazy(param)]
-        return cls(
-            list(groups),
-            params,
-            followed,
-            list(map(_dtype, followed)),
-            list(map(_size, followed)),
-            [param for param in waiting if not is_lazy(param)],
-            lazy,
-            params[0].device if params else None,
-            group_options(groups),
-            buckets,
-            [_clock_of(group, slots) for group in groups],
-        )
-
-    def fits(self, groups: Sequence[Group]) -> bool:
-        """Whether the buckets are still those of the groups."""
-        params = params_of(groups)
-        return (
-            len(params) == len(self.params)
-            # Identity: comparing lists of tensors with == would compare their values.
-            and all(map(is_, params, self.params))
-            and all(map(is_, map(_dtype, self.followed), self.dtypes))
-            and list(map(_size, self.followed)) == self.sizes
-            and not any(map(_trainable, self.waiting))
-            and all(map(is_, map(_grad, self.waiting), repeat(None)))
-            and all(map(is_lazy, self.lazy))
-            and group_options(groups) == self.options
-            # One sample tells of a model that was moved.
-            and (not params or params[0].device == self.device)
-        )
-
-
 def params_of(groups: Sequence[Group]) -> list[Tensor]:
     """All parameters of param groups, in their order."""
     return [param for group in groups for param in group["params"]]
@@ -162,18 +89,10 @@ def begins(param: Tensor) -> bool:
     return wanted and not isinstance(param, UninitializedParameter)
 
 
-def group_options(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
-    """What a lane depends on beside the parameters themselves."""
-    return [
-        (len(g["params"]), g.get("ema_decay"), g.get("ema_enabled"), g.get("ema_dtype"))
-        for g in groups
-    ]
-
-
 def make_buckets(
     groups: Sequence[Group],
     slots: Mapping[Tensor, Slot],
-    decay: Decay,
+    options: Options,
     every: int,
     clock_of: Callable[[Group], int],
 ) -> list[Bucket]:
@@ -182,7 +101,7 @@ def make_buckets(
     Args:
         groups: The param groups.
         slots: What is kept for their parameters.
-        decay: That of groups without one of their own.
+        options: Those of a group without any of its own.
         every: Optimizer steps between two updates.
         clock_of: The clock of a group.
     """
@@ -190,8 +109,7 @@ def make_buckets(
     seen: set[Tensor] = set()
     first = 0  # in a numbering of all elements
     for group in groups:
-        own = group.get("ema_decay")
-        source, clock = decay if own is None else own, clock_of(group)
+        decay, clock = options.of(group).decay, clock_of(group)
         for param in group["params"]:
             slot = slots.get(param)
             if slot is not None and param not in seen:
@@ -200,12 +118,11 @@ def make_buckets(
                 alone = id(param) if is_quantized(param) else None
                 format = slot.format
                 kind = (place_of(param), place_of(slot.ema), format, sharded, alone)
-                counts = (clock, _age(source, slot.updates, every), slot.share == 0.0)
+                counts = (clock, _age(decay, slot.updates, every), slot.share == 0.0)
                 counter = Counter(clock, slot.updates, slot.share)
-                bucket = buckets.setdefault(
-                    (*kind, own, counts),
-                    Bucket(source, counter, format, sharded, alone is not None),
-                )
+                made = Bucket(decay, counter, format, sharded, alone is not None)
+                source = id(decay) if callable(decay) else decay
+                bucket = buckets.setdefault((*kind, source, counts), made)
                 bucket.add(param, slot, first + first_element(param))
             seen.add(param)
             first += 0 if slot is None and is_lazy(param) else param.numel()
@@ -223,10 +140,6 @@ def _age(decay: Decay, updates: int, every: int) -> int:
     return updates if callable(decay) else min(updates, every)
 
 
-def _clock_of(group: Group, slots: Mapping[Tensor, Slot]) -> Counter | None:
-    return next((slots[p].counter for p in group["params"] if p in slots), None)
-
-
 def _share_scratch(buckets: Iterable[Bucket]) -> None:
     """Give the buckets of narrower weights one buffer between them."""
     buffers: dict[Any, Tensor] = {}
@@ -235,12 +148,6 @@ def _share_scratch(buckets: Iterable[Bucket]) -> None:
         if ema.dtype != bucket.params[0].dtype and not bucket.format.rounds:
             bucket.casts = Casts(bucket.emas, buffers.get(place_of(ema)))
             buffers[place_of(ema)] = bucket.casts.scratch
-
-
-def own_dtypes(groups: Sequence[Group]) -> dict[Tensor, EMADtype]:
-    """The ``ema_dtype`` of the parameters whose group has one."""
-    named = [group for group in groups if group.get("ema_dtype") is not None]
-    return {param: group["ema_dtype"] for group in named for param in group["params"]}
 
 
 def follows(group: Group, param: Tensor) -> bool:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from .holdings import no_autograd
 from .names import named_buffers
-from .shadow_set import ShadowSet, no_autograd
+from .shadow_set import ShadowSet
 from .swap_state import Mode
 
 Wanted = bool | Sequence[str]

@@ -23,7 +23,8 @@ from torch.optim import optimizer as torch_optimizer
 from .._engines.sharding import is_sharded
 from .._warnings import warn
 from .buckets import Bucket
-from .shadow_set import no_autograd
+from .holdings import no_autograd
+from .lanes import Lane
 from .slots import Group
 
 Plan = list[tuple[Bucket, float]]
@@ -63,37 +64,37 @@ class CompiledStep:
         """Whether the step was given what the graph does not take."""
         return self._warn("step() was given more than a closure" if any(more) else "")
 
-    def step(
-        self, inner: Optimizer, plan: Plan | None, closure: Closure
-    ) -> tuple[Any, Plan | None]:
-        """Step, and make those updates of the plan that fit into the same graph.
+    def step(self, inner: Optimizer, lane: Lane | None, closure: Closure) -> Any:
+        """Step, and make those updates of the lane's plan that fit into the same graph.
 
-        Returns:
-            What the inner step returns, and the updates that remain to be made.
+        Those that remain to be made stay in the plan.
         """
         if self._failed or self._warn(_obstacle(inner, closure)):
-            return (inner.step() if closure is None else inner.step(closure)), plan
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        result, plan = self._step_on_grads(inner, plan)
-        return (result if closure is None else loss), plan
+            return inner.step() if closure is None else inner.step(closure)
+        if closure is None:
+            return self._step_on_grads(inner, lane)
+        with torch.enable_grad():
+            loss = closure()
+        self._step_on_grads(inner, lane)
+        return loss
 
-    def _step_on_grads(self, inner: Optimizer, plan: Plan | None) -> tuple[Any, Plan | None]:
+    def _step_on_grads(self, inner: Optimizer, lane: Lane | None) -> Any:
         if not self._is_ready(inner):
-            return inner.step(), plan
-        fitting = [(bucket, factor) for bucket, factor in plan or [] if _fits(bucket, factor)]
+            return inner.step()
+        plan = [] if lane is None else lane.plan
+        fitting = [(bucket, factor) for bucket, factor in plan if _fits(bucket, factor)]
         try:
             result = self._run(inner, fitting)
         except _compile_errors() as error:  # raised before anything has run
             self._failed = True
             self._warn(f"{type(inner).__name__} could not be compiled ({_reason(error)})")
-            return inner.step(), plan
+            return inner.step()
         for bucket, factor in fitting:
             bucket.counter.share *= factor
-        done = {id(bucket) for bucket, _ in fitting}
-        return result, plan and [item for item in plan if id(item[0]) not in done]
+        if lane is not None:
+            done = {id(bucket) for bucket, _ in fitting}
+            lane.plan = [item for item in plan if id(item[0]) not in done]
+        return result
 
     def _run(self, inner: Optimizer, updates: Plan) -> Any:
         name = f"Optimizer.step#{type(inner).__name__}.step"  # as in profiles of the eager step

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from .._engines.quantized import is_quantized
 from .._engines.sharding import local
-from .shadow_set import no_autograd
+from .holdings import no_autograd
 
 _WATCHED = 4  # one alone may rest for reasons of its own: unused, clamped, frozen
 _UPDATES = 100  # until then a loop has shown what it does

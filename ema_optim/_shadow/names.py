@@ -5,13 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._arithmetic.formats import EMADtype
 from .._engines.sharding import local, reshard_model
-from .buckets import own_dtypes
-from .options import check_tensor, whole_format
-from .shadow_set import ShadowSet, no_autograd
-from .slots import Group, Slot
-from .store import stored
+from .holdings import no_autograd
+from .options import Options, check_tensor, whole_format
+from .shadow_set import ShadowSet
+from .slots import Group, Slot, stored
 
 # Of data-parallel wrappers, DeepSpeed's engine inside Lightning, and a module's own network.
 _PREFIXES = ("module.", "_forward_module.", "model.")
@@ -76,12 +74,13 @@ def load_ema_state(
     targets = {name: named[name] for name in found if name in named and named[name] in members}
     if strict:
         _check_names(found, targets, {n: t for n, t in named.items() if t in members})
-    slots, dtypes = {}, own_dtypes(shadow.groups)
+    slots, options = {}, shadow.options_by_param()
     for name, param in targets.items():
         check_tensor(f"the EMA of {name}", found[name], param)
     _check_tied({name: found[name] for name in targets}, named)
     for name, param in targets.items():
-        slots[param] = _loaded_slot(shadow, param, found[name], dtypes.get(param))
+        wanted = options.get(param, shadow.options)
+        slots[param] = _loaded_slot(shadow, param, found[name], wanted)
     shadow.forget_lanes()
     shadow.held = None  # an EMA of another source says nothing of the model's file
     shadow.slots.update(slots)
@@ -96,10 +95,10 @@ def _whole(shadow: ShadowSet, param: Tensor) -> Tensor:
     return stored(param, shadow.ema_of(param), whole_format(param.dtype, shadow.dtype))[0]
 
 
-def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, dtype: EMADtype) -> Slot:
+def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, options: Options) -> Slot:
     old = shadow.find(param)
     steps, updates = (shadow.step, 0) if old is None else (old.counter.steps, old.updates)
-    slot = shadow.slot_of(param, (value, None), dtype)
+    slot = shadow.new_slot(param, options, (value, None))
     # No share: none of what was loaded is this run's initial weights.
     slot.set_counts(max(steps, shadow.update_after_step + 1), max(1, updates), share=0.0)
     return slot

@@ -1,14 +1,39 @@
 """What a user may set, and what is said of a value that is out of its range."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .._arithmetic.formats import FORMATS, EMADtype, Format, format_of
-from .._engines.sharding import check_layout
-from ..schedules import check_decay
+from .._engines.sharding import check_layout, refuse_flat
+from ..schedules import Decay, check_decay
 from .slots import Group
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+class Options(NamedTuple):
+    """What a param group wants of its EMA, its own options resolved against the others'."""
+
+    decay: Decay
+    dtype: EMADtype
+    enabled: bool = True
+
+    def of(self, group: Group) -> "Options":
+        """The options of a group, these being those of a group without any of its own."""
+        decay, dtype = group.get("ema_decay"), group.get("ema_dtype")
+        return Options(
+            self.decay if decay is None else decay,
+            self.dtype if dtype is None else dtype,
+            group.get("ema_enabled", True),
+        )
+
+    def format(self, param: Tensor) -> Format:
+        """How the EMA of a parameter of the group is stored."""
+        return ema_format(param.dtype, self.dtype)
 
 
 def ema_format(dtype: torch.dtype, wanted: EMADtype) -> Format:
@@ -130,3 +155,32 @@ def check_low(what: str, low: object, param: Tensor) -> None:
 def same_option(one: object, other: object) -> bool:
     """Whether two values of a constructor argument are equal."""
     return bool(one == other)
+
+
+def check_wrappable(optimizer: Optimizer, wrapper: type[Optimizer]) -> None:
+    """Raise TypeError for what cannot be wrapped, or is a wrapper already."""
+    if isinstance(optimizer, type):
+        raise TypeError(
+            f"optimizer must be an optimizer, got the class {optimizer.__name__}: build it first, "
+            "or use EMAOptimizer.for_class"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
+    if isinstance(optimizer, wrapper):
+        raise TypeError("optimizer must not be an EMAOptimizer already, got one: use that one")
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Raise TypeError or ValueError for param groups that cannot be averaged."""
+    for group in groups:
+        check_options(group)
+        refuse_flat(group["params"])
+
+
+def check_new_group(group: Group) -> None:
+    """Raise TypeError or ValueError for a param group that cannot be added."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"param_group must be a dict with 'params', got {group!r}")
+    if not isinstance(group["params"], (torch.Tensor, set)):
+        group["params"] = list(group["params"])  # a generator would be empty for the inner
+    check_options(group)

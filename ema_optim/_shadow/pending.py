@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from .._arithmetic.fingerprint import fingerprint, kinds, kinds_of
-from .buckets import own_dtypes
-from .options import ema_format
-from .shadow_set import ShadowSet, no_autograd
-from .store import read_, restored
+from .holdings import no_autograd
+from .shadow_set import ShadowSet
+from .slots import read_
 
 
 @dataclass(eq=False)
@@ -84,13 +83,13 @@ def check_first_step(shadow: ShadowSet) -> None:
 
 def finish_formats(shadow: ShadowSet) -> None:
     """Bring an EMA that was exchanged in another format than this run's into that."""
-    dtypes = own_dtypes(shadow.groups)
+    options = shadow.options_by_param()
     for param, slot in shadow.all_slots().items():
-        wanted = ema_format(param.dtype, dtypes.get(param) or shadow.dtype)
+        wanted = options.get(param, shadow.options).format(param)
         if slot.format != wanted:
             shadow.forget_lanes()
             with no_autograd():
-                slot.ema, slot.low = restored(param, (slot.ema, slot.low), wanted)
+                slot.convert(param, wanted)
 
 
 def _plain(params: Iterable[Tensor]) -> list[Tensor]:

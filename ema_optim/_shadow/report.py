@@ -9,7 +9,8 @@ from .._arithmetic.average import non_finite, relative_distance, squared_norms
 from .._engines.quantized import apart, dense
 from .._engines.sharding import by_spread, local, locals_of, sum_over_ranks
 from .._warnings import warn
-from .shadow_set import ShadowSet, no_autograd
+from .holdings import no_autograd
+from .shadow_set import ShadowSet
 from .slots import Slot
 
 # With this much of the initial weights left in it, an EMA is worse than the training weights more
@@ -49,13 +50,13 @@ def updates_made(shadow: ShadowSet) -> int:
     return max(0, shadow.step - shadow.update_after_step) // shadow.update_every
 
 
-def check_export(shadow: ShadowSet) -> None:
+def warn_export(shadow: ShadowSet) -> None:
     """Warn, where the EMA is about to be read, of one that is not worth reading."""
-    check_share(shadow, "export")
-    check_finite(shadow)
+    warn_young(shadow, "export")
+    warn_non_finite(shadow)
 
 
-def check_share(shadow: ShadowSet, kind: str) -> None:
+def warn_young(shadow: ShadowSet, kind: str) -> None:
     """Warn once of an EMA that still holds much of the initial weights, or that is none.
 
     Args:
@@ -63,30 +64,27 @@ def check_share(shadow: ShadowSet, kind: str) -> None:
         kind: "swap" or "export"; once for each.
     """
     slots = shadow.counted().values()
-    if not slots and any(group.get("ema_enabled", True) for group in shadow.groups):
-        _check_averaged(shadow)
+    if not slots and any(shadow.options.of(group).enabled for group in shadow.groups):
+        _warn_unaveraged(shadow)
     worst = max(slots, key=lambda slot: slot.share, default=None)
-    if worst is not None and worst.share > _SHARE_LIMIT and kind not in shadow.warned:
-        shadow.warned.add(kind)
-        _warn_initial_share(shadow, worst)
+    if worst is not None and worst.share > _SHARE_LIMIT:
+        _warn_share(shadow, kind, worst)
 
 
-def _check_averaged(shadow: ShadowSet) -> None:
-    if "unaveraged" in shadow.warned or "cold" in shadow.warned:
-        return
+def _warn_unaveraged(shadow: ShadowSet) -> None:
     with no_autograd():
-        stepped = shadow.has_stepped()
-    if stepped:
-        shadow.warned.add("unaveraged")
-        warn(
+        told = "cold" in shadow.warned or not shadow.has_stepped()
+    if not told:
+        shadow.warned.once(
+            "unaveraged",
             "nothing was averaged though the weights have moved: what is read are the training "
             "weights (of an EMAModel the initial ones). Step the EMAOptimizer, not its inner "
             "optimizer, or call EMAModel.update() after every step, over parameters that require "
-            "gradients"
+            "gradients",
         )
 
 
-def check_finite(shadow: ShadowSet) -> None:
+def warn_non_finite(shadow: ShadowSet) -> None:
     """Warn of an EMA that holds NaN or infinite values (on this rank)."""
     counted = shadow.counted()
     with no_autograd():
@@ -99,10 +97,12 @@ def check_finite(shadow: ShadowSet) -> None:
         )
 
 
-def _warn_initial_share(shadow: ShadowSet, worst: Slot) -> None:
+def _warn_share(shadow: ShadowSet, kind: str, worst: Slot) -> None:
     made = worst.updates // shadow.update_every
-    warn(
+    shadow.warned.once(
+        kind,
         f"the EMA still holds {worst.share:.0%} of the initial weights: decay "
         f"{shadow.decay_in_force():.6g} after {made} updates. "
-        "Use a smaller decay (compute_optimal_decay), a warm-up (warmup_decay) or update_after_step"
+        "Use a smaller decay (compute_optimal_decay), a warm-up (warmup_decay) or "
+        "update_after_step",
     )

@@ -8,43 +8,39 @@ Everything mutable sits in this object, so that a proxy of the optimizer (Lightn
 to one with a ``__dict__`` of its own) and the optimizer itself can never disagree.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.optim import Optimizer
 
 from .._arithmetic.formats import FORMATS, EMADtype
-from .._engines.quantized import dense, is_quantized
 from .._engines.replaced import kinds_of, refuse_replaced
 from .._engines.sharding import local, refuse_flat
-from .._warnings import warn
+from .._warnings import Warned
 from ..schedules import Decay, check_decay, decay_factor, initial_share
-from .buckets import Lane, follows, is_dry, make_buckets, own_dtypes, params_of
-from .memory import shared_memory
-from .options import check_count, check_dtype, check_module, check_options, ema_format
-from .slots import Group, Slot, place_of
-from .store import Parts, restored, stored, value_of
-from .swap_state import Mode, SwapState
+from .buckets import follows, is_dry, make_buckets, params_of
+from .holdings import Holdings, no_autograd
+from .lanes import Lane, Lanes
+from .options import Options, check_count, check_dtype, check_module, check_options, format_name
+from .reserved import ReservedKeys
+from .slots import Group, Parts, Slot, stored, value_of
+
+_NOTHING = (
+    "nothing was averaged at this step: no parameter requires a gradient, has one or has an EMA "
+    "already, and the step does not count. Let the parameters require gradients, or leave the EMA "
+    "out"
+)
+_BFLOAT16 = (
+    "an EMA in bfloat16 is off by about one rounding of the weights, 0.3 %: while the learning "
+    "rate is high that is little of what the EMA averages away, and more than all of it once the "
+    "learning rate is decayed. There use dtype='float24'"
+)
 
 
-@contextmanager
-def no_autograd() -> Iterator[None]:
-    """Plain tensors inside: no graph, no inference tensors, which would refuse later writes."""
-    if not torch.is_inference_mode_enabled():
-        with torch.no_grad():
-            yield
-        return
-    # In this order: inference_mode(False) turns grad mode on.
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-class ShadowSet:
+class ShadowSet(Holdings):
     """The EMA of the parameters in the param groups of a source.
 
     Args:
@@ -77,50 +73,33 @@ class ShadowSet:
         self.dtype = check_dtype(dtype)
         self.module = check_module(module)
         self.sees_steps = sees_steps
+        super().__init__()
         self.step = 0  # the largest clock: counted optimizer steps
-        self.slots: dict[Tensor, Slot] = {}
-        # Slots of parameters that have left the groups, for as long as somebody else has them.
-        # Weak only then: torch.utils.swap_tensors refuses a tensor that is referred to weakly.
-        self.absent: Any = WeakTensorKeyDictionary()  # Any: torch does not type it
-        self.swap = SwapState()
         self.dry = False  # whether the inner optimizer has made a step that moved nothing
         self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
-        self.warned: set[str] = set()
+        self.warned = Warned()
         self.held: Any = None  # what the model held when what was loaded was saved, see pending
         self.given: list[Group] = []  # the options that each group had when wrapped or added
         self.compiled: Any = None  # what stands in for the inner step after compile()
-        self._lanes: OrderedDict[tuple[int, int], Lane] = OrderedDict()
-        self._uses = 0  # steps over all lanes
+        self._lanes = Lanes()
         self._known = kinds_of(params_of(self.groups))
-        self._shared: set[Tensor] | None = None  # parameters that share memory
         self._share: tuple[Any, float] | None = None
-        self._entries = 0  # entries of the inner optimizer's state when last looked at
-        self._taken: TypeError | None = None  # what the inner optimizer's own keys are refused with
+        self.keys = ReservedKeys()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {**dict.fromkeys(("compiled", "_shared", "_share")), "_known": {}}
-        absent = list(self.absent.items())
-        return {**self.__dict__, **fresh, "_lanes": OrderedDict(), "absent": absent}
+        fresh: dict[str, Any] = {"compiled": None, "_share": None, "_known": {}}
+        return {**super().__getstate__(), **fresh, "_lanes": Lanes()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.absent = WeakTensorKeyDictionary(dict(state["absent"]))
+    @property
+    def options(self) -> Options:
+        """What param groups want that have no options of their own."""
+        return Options(self.decay, self.dtype)
 
     @property
     def groups(self) -> list[Group]:
         """The param groups of the moment."""
         groups: list[Group] = self.source.param_groups
         return groups
-
-    @property
-    def mode(self) -> Mode:
-        """What the parameters are used for now."""
-        return self.swap.mode
-
-    @property
-    def swapped(self) -> dict[Tensor, Slot]:
-        """The slots whose EMA weights are in the parameters now."""
-        return self.swap.swapped
 
     def begin_step(self) -> Lane | None:
         """Prepare one step, before the weights move.
@@ -133,8 +112,7 @@ class ShadowSet:
             which nothing has an EMA, and a first step with every learning rate exactly 0, the dry
             initialisation of distributed checkpoints, which is made before the weights are loaded.
         """
-        if self._taken is not None:
-            raise self._taken
+        self.keys.refuse()
         groups = self.groups
         lane = self._lane(groups)
         if self.sees_steps:
@@ -143,7 +121,8 @@ class ShadowSet:
                     with no_autograd():
                         bucket.seed()
         if not lane.buckets:
-            self._warn_of_nothing(groups)
+            if any(group["params"] and self.options.of(group).enabled for group in groups):
+                self.warned.once("nothing", _NOTHING)
             return None
         if is_dry(groups) and not any(bucket.counter.steps for bucket in lane.buckets):
             self.dry = True
@@ -168,24 +147,8 @@ class ShadowSet:
                 # Without a look at the weights before a step, averaging begins here.
                 if not self.sees_steps and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
-
-    def check_keys(self, keys: Sequence[str]) -> None:
-        """Raise TypeError once the inner optimizer keeps something of its own under these keys.
-
-        Looked for whenever its state has grown; from then on every step raises before it moves.
-        """
-        state = [e for e in self.source.state.values() if isinstance(e, dict)]
-        entries = sum(map(len, state))
-        if entries == self._entries:
-            return
-        self._entries = entries
-        if taken := sorted({key for entry in state for key in keys if key in entry}):
-            name = type(self.source).__name__
-            self._taken = TypeError(
-                f"optimizer must not use the state keys {tuple(keys)}, got {taken} in the state "
-                f"of {name}: use EMAModel beside {name} instead"
-            )
-            raise self._taken
+        for group, clock in zip(self.groups, lane.clocks, strict=True):
+            group["ema_step"] = self.step if clock is None else clock.steps
 
     def has_stepped(self) -> bool:
         """Whether the weights have moved, as far as can be seen, though nothing was averaged."""
@@ -198,30 +161,79 @@ class ShadowSet:
 
     def clear(self) -> None:
         """Forget every average and begin anew, as newly built."""
+        self.load({})
+
+    def load(
+        self,
+        slots: dict[Tensor, Slot],
+        step: int = 0,
+        swapped: bool = False,
+        held: Any = None,
+        trainer_step: int | None = None,
+    ) -> None:
+        """Hold these slots alone; what was swapped in before is forgotten.
+
+        Args:
+            slots: By parameter.
+            step: The largest clock.
+            swapped: Whether their EMA weights were in the model that they were saved with.
+            held: What that model held, see ``pending``.
+            trainer_step: At which step a trainer has saved them.
+        """
         self.forget_lanes()
-        self.slots, self.step, self.held = {}, 0, None
-        self.swap.load({})
-        self.absent.clear()
+        self.take(slots, swapped)
+        self.step, self.held, self.trainer_step = step, held, trainer_step
+
+    def follow_members(self) -> None:
+        """Have every EMA that is to be begin at the weights of this moment."""
+        self.clear()
+        self.slots = {param: self.new_slot(param, self.options) for param in self.members()}
+
+    def set_ema_step(self, slot: Slot, ema_step: int) -> None:
+        """Have a slot show a counter that an engine assigns."""
+        if ema_step != self.ema_step(slot):
+            self.step = max(self.step, ema_step)  # no parameter is ahead of the clock
+            steps = max(slot.counter.steps, ema_step)
+            slot.set_counts(steps, *self.counter_at(ema_step, steps, None))
 
     def forget_lanes(self) -> None:
         """Have the buckets made anew at the next step (a slot was changed from outside)."""
         self._lanes.clear()
-        self._shared = None
-
-    def all_slots(self) -> dict[Tensor, Slot]:
-        """Every slot by parameter, those of absent parameters too."""
-        return {**dict(self.absent.items()), **self.slots} if self.absent else self.slots
-
-    def find(self, param: Tensor) -> Slot | None:
-        """The slot of a parameter, if it has one."""
-        slot = self.slots.get(param)
-        return self.absent.get(param) if slot is None and self.absent else slot
+        self.forget_memory()
 
     def remove(self, param: Tensor) -> None:
         """Forget the slot of a parameter."""
         self.forget_lanes()
-        self.slots.pop(param, None)
-        self.absent.pop(param, None)
+        self.drop(param)
+
+    def hand_over(self, old: Tensor, new: Tensor) -> None:
+        """Let the slot of a tensor that was replaced be its successor's."""
+        slot = self.find(old)
+        self.remove(old)
+        if slot is not None:
+            self.slots[new] = slot
+
+    def note_given(self, options: Iterable[Group]) -> None:
+        """Remember what groups were given when they were wrapped or added: it outlives a load."""
+        self.given.extend(options)
+
+    def compile(self, step: Any, inner: Optimizer) -> None:
+        """Have a compiled step stand in for the inner one."""
+        self.compiled = step
+        step.check(inner)
+
+    def marks(self, group: Group) -> dict[str, Any]:
+        """The entries that a live param group carries."""
+        return {
+            "ema_step": self.clock_of(group),
+            "ema_swapped": "swapped" if self.swapped else False,
+            "ema_format": format_name(self.options.of(group).dtype),
+        }
+
+    def mark(self) -> None:
+        """Write the marks into the live groups: flattened distributed checkpoints ask for them."""
+        for group in self.groups if self.sees_steps else ():
+            group.update(self.marks(group))
 
     def counted(self) -> dict[Tensor, Slot]:
         """The slots that hold an average, by parameter; placeholders are left out."""
@@ -235,7 +247,7 @@ class ShadowSet:
         """The clock of a param group: how many of its steps were counted."""
         slots = filter(None, map(self.find, group["params"]))
         marked = min(self.step, group.get("ema_step", self.step))  # an old mark after a new start
-        return max((s.counter.steps for s in slots), default=marked)
+        return max((slot.counter.steps for slot in slots), default=marked)
 
     def ema_step(self, slot: Slot) -> int:
         """The counter of one slot in optimizer steps, as checkpoints hold it."""
@@ -255,68 +267,39 @@ class ShadowSet:
             self._share = key, initial_share(source, made)
         return updates, self._share[1]
 
-    def parks(self, param: Tensor, slot: Slot) -> bool:
-        """Whether a swap parks the weights, because an exchange would round or mix values."""
-        if self._shared is None:
-            self.look_at_memory()
-        alike = place_of(param) == place_of(slot.ema) and not is_quantized(param)
-        return not alike or param in (self._shared or ())
-
-    def look_at_memory(self) -> None:
-        """Find out anew which parameters share memory: ``param.data = ...`` may have changed it."""
-        self._shared = shared_memory(self.all_slots())
-
-    def ema_of(self, param: Tensor) -> Tensor:
-        """The EMA weights of a parameter, wherever they are now; the weights before averaging."""
+    def slot_for(self, param: Tensor) -> Slot:
+        """The slot of a parameter, made if it has none, to be written to."""
+        self.forget_lanes()
         slot = self.find(param)
-        if slot is None or not slot.updates:
-            return dense(param.detach())
-        return value_of(self.main_of(param), slot.low)
-
-    def main_of(self, param: Tensor) -> Tensor:
-        """The main tensor of the EMA of a parameter that has one, wherever it is now."""
-        slot = self.find(param)
-        assert slot is not None
-        exchanged = param in self.swapped and slot.parked is None
-        return param.detach() if exchanged else slot.ema
-
-    def weights_of(self, param: Tensor) -> Tensor:
-        """The training weights of a parameter, wherever they are now."""
-        slot = self.swapped.get(param)
         if slot is None:
-            return param.detach()
-        return slot.ema if slot.parked is None else slot.parked
+            slot = self.slots[param] = self.new_slot(param, self.options)
+        return slot
 
     def members(self) -> list[Tensor]:
         """Unique parameters that have, or at the next step will have, an EMA."""
-        return list(dict.fromkeys([*self._enabled(self.groups), *self.absent.keys()]))
+        return list(dict.fromkeys([*chain(*map(self._followed, self.groups)), *self.absent.keys()]))
 
-    def birth(self, param: Tensor, dtype: EMADtype = None, steps: int | None = None) -> Slot:
-        """A new slot that holds the parameter's weights.
+    def options_by_param(self) -> dict[Tensor, Options]:
+        """The options of every parameter in the param groups."""
+        pairs = ((self.options.of(group), group) for group in self.groups)
+        return {param: options for options, group in pairs for param in group["params"]}
+
+    def new_slot(
+        self, param: Tensor, options: Options, parts: Parts | None = None, steps: int | None = None
+    ) -> Slot:
+        """A slot in the format that is wanted for the parameter.
 
         Args:
             param: The parameter.
-            dtype: Its group's own, if any.
+            options: Those of its group.
+            parts: What it is to hold; None for the parameter's weights.
             steps: The clock of its group; None for the largest.
         """
         refuse_flat([param])
-        slot = self.slot_of(param, (param, None), dtype)
+        with no_autograd():
+            slot = Slot.of(param, (param, None) if parts is None else parts, options.format(param))
         slot.counter.steps = self.step if steps is None else steps
         return slot
-
-    def slot_of(self, param: Tensor, parts: Parts, dtype: EMADtype = None) -> Slot:
-        """A slot of what ``parts`` hold, in the format that is wanted for the parameter."""
-        format = ema_format(param.dtype, self.dtype if dtype is None else dtype)
-        with no_autograd():
-            main, low = restored(param, parts, format)
-        return Slot(main, low)
-
-    def hand_over(self, old: Tensor, new: Tensor) -> None:
-        """Let the slot of a tensor that was replaced be its successor's."""
-        slot = self.find(old)
-        self.remove(old)
-        if slot is not None:
-            self.slots[new] = slot
 
     def renew_placeholders(self) -> None:
         """Have placeholders hold the weights of this moment, as a checkpoint is to show them.
@@ -332,111 +315,74 @@ class ShadowSet:
 
     def decay_in_force(self) -> float:
         """The decay of one step now: that of the first group with an EMA."""
-        own = next((g.get("ema_decay") for g in self.groups if g.get("ema_enabled", True)), None)
-        decay = self.decay if own is None else own
+        all_options = map(self.options.of, self.groups)
+        decay = next((o.decay for o in all_options if o.enabled), self.decay)
         return decay_factor(decay, max(1, self.step - self.update_after_step), 1)
 
-    def _enabled(self, groups: Sequence[Group]) -> Iterator[Tensor]:
-        for group in groups:
-            if group.get("ema_enabled", True):
-                yield from (p for p in group["params"] if self.find(p) or follows(group, p))
+    def _followed(self, group: Group) -> Iterator[Tensor]:
+        if self.options.of(group).enabled:
+            yield from (p for p in group["params"] if self.find(p) or follows(group, p))
 
     def _lane(self, groups: Sequence[Group]) -> Lane:
-        params = groups[0]["params"] if groups else []
-        key = (len(groups), id(params[0]) if params else 0)
-        lane = self._lanes.get(key)
-        if lane is None or not lane.fits(groups):
-            lane = self._lanes[key] = self._new_lane(groups)
-        self._uses += 1
-        lane.used = self._uses
-        if len(self._lanes) > 1:
-            self._lanes.move_to_end(key)
-            self._let_go()
+        lane = self._lanes.find(groups)
+        if lane is None:
+            lane = self._new_lane(groups)
+            self._lanes.add(lane)
+        for param in self._lanes.use(lane):
+            if (slot := self.slots.pop(param, None)) is not None:
+                self.absent[param] = slot
         return lane
 
     def _new_lane(self, groups: Sequence[Group]) -> Lane:
+        params = params_of(groups)
         for group in groups:
             check_options(group)
-        self._shared = None
-        refuse_replaced(self._known, params_of(groups))
-        ids = {*map(id, params_of(groups)), *map(id, groups)}
-        for key, lane in list(self._lanes.items()):
-            if not ids.isdisjoint(map(id, [*lane.params, *lane.groups])):
-                del self._lanes[key]
-        stepping = [lane.params for lane in self._lanes.values()]
-        self._known = kinds_of(chain(params_of(groups), *stepping))
+        refuse_replaced(self._known, params)
+        self.forget_memory()
+        self._lanes.leave(groups)
+        self._known = kinds_of([*params, *self._lanes.params()])
         self._look_after_slots(groups)
-        self._warn_of_bfloat16()
+        if any(slot.format == FORMATS[torch.bfloat16] for slot in self.slots.values()):
+            self.warned.once("bfloat16", _BFLOAT16)
         with no_autograd():
-            buckets = make_buckets(groups, self.slots, self.decay, self.update_every, self.clock_of)
-        return Lane.of(groups, buckets, self.slots)
+            every, clock_of = self.update_every, self.clock_of
+            buckets = make_buckets(groups, self.slots, self.options, every, clock_of)
+        return Lane.of(groups, self.slots, buckets)
 
     def _look_after_slots(self, groups: Sequence[Group]) -> None:
         """Make missing slots, mend stale ones, and part with those of parameters that have left."""
-        dtypes, here = own_dtypes(groups), {}
+        here: dict[Tensor, Slot] = {}
         for group in groups:
-            clock = self.clock_of(group)
-            for param in self._enabled([group]):
+            options, clock = self.options.of(group), self.clock_of(group)
+            for param in self._followed(group):
                 if param not in here:
-                    here[param] = self._slot_at(param, dtypes.get(param), clock)
-        stepped = set(map(id, params_of(groups)))
-        held = {id(p) for lane in self._lanes.values() for p in lane.params}
+                    here[param] = self._slot_at(param, options, clock)
+        stepped, held = (set(map(id, ps)) for ps in (params_of(groups), self._lanes.params()))
         gone = {p: s for p, s in self.all_slots().items() if id(p) not in stepped}
         self.slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}
         # A model has all its parameters at any time: what is not there is gone for good.
         left = {p: s for p, s in gone.items() if self.sees_steps and id(p) not in held}
-        self.absent = WeakTensorKeyDictionary(left)
+        self.set_absent(left)
 
-    def _let_go(self) -> None:
-        """Forget the lane of parameters that have not stepped for several rounds."""
-        oldest = next(iter(self._lanes.values()))
-        if self._uses - oldest.used > 4 * len(self._lanes):
-            self._lanes.popitem(last=False)
-            for param in oldest.params:
-                if (slot := self.slots.pop(param, None)) is not None:
-                    self.absent[param] = slot
-
-    def _slot_at(self, param: Tensor, dtype: EMADtype, clock: int) -> Slot:
+    def _slot_at(self, param: Tensor, options: Options, clock: int) -> Slot:
         slot = self.find(param)
         if slot is not None and slot.ema.shape != param.shape:
             self.warn_of_shape(param)
             slot = None
         if slot is None:
-            return self.birth(param, dtype, clock)
-        wanted = ema_format(param.dtype, self.dtype if dtype is None else dtype)
+            return self.new_slot(param, options, steps=clock)
+        wanted = options.format(param)
         moved = slot.ema.device != param.device
         if moved or (slot.format != wanted and param not in self.swapped):
             with no_autograd():
-                slot.ema, slot.low = restored(param, (slot.ema, slot.low), wanted)
+                slot.convert(param, wanted)
         return slot
 
     def warn_of_shape(self, param: Tensor) -> None:
         """Warn once that the EMA of a parameter of another shape than before begins anew."""
-        if "shape" not in self.warned:
-            self.warned.add("shape")
-            warn(
-                f"a parameter has got another shape, {tuple(param.shape)}, than its EMA: the EMA "
-                "begins anew at the new weights. To keep it, bring state[param]['ema'] to the new "
-                "shape together with the weights"
-            )
-
-    def _warn_of_nothing(self, groups: Sequence[Group]) -> None:
-        wanted = any(group["params"] and group.get("ema_enabled", True) for group in groups)
-        if wanted and "nothing" not in self.warned:
-            self.warned.add("nothing")
-            warn(
-                "nothing was averaged at this step: no parameter requires a gradient, has one or "
-                "has an EMA already, and the step does not count. Let the parameters require "
-                "gradients, or leave the EMA out"
-            )
-
-    def _warn_of_bfloat16(self) -> None:
-        if "bfloat16" in self.warned:
-            return
-        if any(slot.format == FORMATS[torch.bfloat16] for slot in self.slots.values()):
-            self.warned.add("bfloat16")
-            warn(
-                "an EMA in bfloat16 is off by about one rounding of the weights, 0.3 %: while the "
-                "learning rate is high that is little of what the EMA averages away, and more than "
-                "all of it once the learning rate is decayed. There use dtype='float24'"
-            )
+        self.warned.once(
+            "shape",
+            f"a parameter has got another shape, {tuple(param.shape)}, than its EMA: the EMA "
+            "begins anew at the new weights. To keep it, bring state[param]['ema'] to the new "
+            "shape together with the weights",
+        )

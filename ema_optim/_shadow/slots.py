@@ -1,16 +1,29 @@
-"""What is kept for a parameter, and the counters that slots averaged together share."""
+"""What is kept for a parameter: its slot, how values get in and out of it, and its counts."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._arithmetic.formats import Format, format_of
+from .._engines.quantized import (
+    check_quantized,
+    copy_like,
+    dense,
+    dense_like,
+    is_quantized,
+    write_,
+)
+from .._engines.sharding import local, locals_of, part_for
 
 Group = dict[str, Any]
 
-place_of = attrgetter("dtype", "device")
+Parts = tuple[Tensor, Tensor | None]
+
+place_of = attrgetter("device", "dtype")
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +68,24 @@ class Slot:
     ahead: int = 0
     ratio: float = 1.0
 
+    @classmethod
+    def of(cls, param: Tensor, parts: Parts, format: Format) -> "Slot":
+        """A slot of what ``parts`` hold, in a format of its own."""
+        return cls(*restored(param, parts, format))
+
+    def convert(self, param: Tensor, format: Format) -> None:
+        """Keep the same EMA in another format, or on the device that its parameter is on now."""
+        self.ema, self.low = restored(param, (self.ema, self.low), format)
+
+    def hold(self, param: Tensor, parts: Parts) -> None:
+        """Hold what ``parts`` hold, in the slot's own format."""
+        self.ema, self.low = restored(param, parts, self.format)
+
+    def park(self, param: Tensor, weights: Tensor) -> None:
+        """Take other training weights for those that are parked, if any are."""
+        if self.parked is not None:
+            self.parked = copy_like(param, weights)
+
     @property
     def format(self) -> Format:
         return format_of(self.ema.dtype, None if self.low is None else self.low.dtype)
@@ -81,3 +112,58 @@ class Slot:
     def set_counts(self, steps: int, updates: int, share: float) -> None:
         """Count from given numbers on, apart from other slots."""
         self.counter, self.ahead, self.ratio = Counter(steps, updates, share), 0, 1.0
+
+
+def stored(param: Tensor, value: Tensor, format: Format) -> Parts:
+    """``value`` as the EMA of ``param`` is kept: its format, device, strides, part of this rank."""
+    main, low = _empty(param, format)
+    lows = [] if low is None else [local(low)]
+    format.encode_([local(main)], lows, [part_for(param, dense(value.detach()))])
+    return main, low
+
+
+def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
+    """What a checkpoint holds, as the EMA of ``param`` is kept: bit for bit in the same format."""
+    check_quantized(param, local(param))
+    parts = main, low = dense(parts[0]), parts[1]
+    if format_of(main.dtype, None if low is None else low.dtype) != format:
+        # The remainder of an fp32 tensor needs more digits than fp32 has.
+        exact = main if low is None else _decoded(main, low, torch.float64)
+        return stored(param, exact, format)
+    kept = _empty(param, format)
+    for target, source in zip(kept, parts, strict=True):
+        if target is not None and source is not None:
+            local(target).copy_(part_for(param, source.detach()))
+    return kept
+
+
+def value_of(main: Tensor, low: Tensor | None) -> Tensor:
+    """The EMA weights in one tensor, as a swap shows them; the main tensor where that is all."""
+    return main if low is None else _decoded(main, low, torch.float32)
+
+
+def _decoded(main: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    value = torch.empty_like(main, dtype=dtype)
+    format_of(main.dtype, low.dtype).decode_([local(value)], [local(main)], [local(low)])
+    return value
+
+
+def read_(targets: Iterable[Tensor], slots: Sequence[Slot]) -> None:
+    """Copy the EMA of each slot into a tensor of any float dtype, to nearest or as ``write_``."""
+    groups: dict[object, tuple[list[Tensor], list[Slot]]] = {}
+    for target, slot in zip(targets, slots, strict=True):
+        if is_quantized(target):
+            write_(target, value_of(slot.ema, slot.low))
+            continue
+        key = (place_of(target), place_of(slot.ema), slot.format)
+        kept = groups.setdefault(key, ([], []))
+        kept[0].append(local(target))
+        kept[1].append(slot)
+    for whole, members in groups.values():
+        lows = [local(slot.low) for slot in members if slot.low is not None]
+        members[0].format.decode_(whole, locals_of(slot.ema for slot in members), lows)
+
+
+def _empty(param: Tensor, format: Format) -> Parts:
+    main = dense_like(param, format.main)
+    return main, None if format.low is None else dense_like(param, format.low)

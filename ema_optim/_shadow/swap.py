@@ -23,11 +23,11 @@ from torch import nn
 from .._arithmetic.average import copy_, non_finite
 from .._engines.quantized import dense
 from .._engines.sharding import holds_on_all_ranks, local, locals_of, reshard
-from .._warnings import warn
 from ..schedules import decay_factor
 from . import pending, record, report
-from .shadow_set import ShadowSet, no_autograd
-from .store import read_
+from .holdings import no_autograd
+from .shadow_set import ShadowSet
+from .slots import read_
 from .swap_state import Mode, Move, Slots
 
 
@@ -87,9 +87,11 @@ def enter_eval(shadow: ShadowSet) -> None:
 
 def put_in(shadow: ShadowSet) -> None:
     """Put the EMA weights in, with the warnings that they may be worth."""
-    report.check_share(shadow, "swap")
-    if swap_in(shadow):
-        report.check_finite(shadow)
+    report.warn_young(shadow, "swap")
+    doubtful = swap_in(shadow)
+    shadow.mark()
+    if doubtful:
+        report.warn_non_finite(shadow)
 
 
 def swap_in(shadow: ShadowSet) -> bool:
@@ -146,13 +148,14 @@ def put_back(shadow: ShadowSet) -> None:
             _finish(shadow, state.move)
         record.leave(state)
         state.mode = Mode.TRAIN
-    if written and "written" not in shadow.warned:
-        shadow.warned.add("written")
-        warn(
+    shadow.mark()
+    if written:
+        shadow.warned.once(
+            "written",
             f"{', '.join(written)}: written to while the EMA weights were in. What was written is "
             "now the EMA where that has the dtype of the parameters, else it is dropped. Write "
             "to the training weights, after the swap; for a forward that writes, swap a copy of "
-            "the model"
+            "the model",
         )
 
 
@@ -184,6 +187,12 @@ def recover(shadow: ShadowSet) -> None:
         put_back(shadow)
 
 
+def get_ready(shadow: ShadowSet) -> None:
+    """Finish what an interrupt or a load has left to be done."""
+    recover(shadow)
+    resolve_pending(shadow)
+
+
 def apply(shadow: ShadowSet) -> None:
     """Make the EMA weights the training weights, one way, inside a swap or outside."""
     shadow.held = None  # what the model holds from here on is meant
@@ -205,6 +214,7 @@ def apply(shadow: ShadowSet) -> None:
         record.leave(state)
         if state.mode is Mode.EVAL:
             state.mode = Mode.TRAIN
+    shadow.mark()
 
 
 def resolve_pending(shadow: ShadowSet) -> None:
@@ -279,7 +289,6 @@ def _all_equal(swapped: Slots) -> bool:
 def _forgets_all(shadow: ShadowSet) -> bool:
     # With a decay of 0 in force (also the first update of a debiased schedule) the EMA equals the
     # weights rightly.
-    own = [group.get("ema_decay") for group in shadow.groups if group.get("ema_enabled", True)]
     updates = max(slot.updates for slot in shadow.swapped.values())
-    decays = (shadow.decay if decay is None else decay for decay in own)
-    return all(decay_factor(decay, updates, 1) == 0.0 for decay in decays)
+    enabled = (o for o in map(shadow.options.of, shadow.groups) if o.enabled)
+    return all(decay_factor(options.decay, updates, 1) == 0.0 for options in enabled)

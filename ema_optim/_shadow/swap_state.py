@@ -15,8 +15,7 @@ from .._arithmetic.exchange import Exchange
 from .._engines.quantized import is_quantized, write_
 from .._engines.sharding import locals_of
 from . import record
-from .slots import Group, Slot
-from .store import read_
+from .slots import Group, Slot, read_
 
 Slots = dict[Tensor, Slot]
 

@@ -21,8 +21,8 @@ from .._checkpoint import carry, read
 from .._engines.quantized import write_
 from .._engines.sharding import is_sharded, local, part_for
 from .._shadow import names
-from .._shadow.shadow_set import no_autograd
-from .._shadow.store import read_
+from .._shadow.holdings import no_autograd
+from .._shadow.slots import read_
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 

@@ -94,7 +94,7 @@ def renewed(old: TrainerEMAOptimizer, options: dict[str, Any]) -> TrainerEMAOpti
     made = TrainerEMAOptimizer(old.inner, **options)
     if saved is not None:
         read.read(made._ema, saved).install(made._ema)
-        made._mark_groups()
+        made._ema.mark()
     return made
 
 
@@ -116,7 +116,7 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
             f"the checkpoint holds no EMA of step {global_step}: it begins at the weights of the "
             "next step"
         )
-    optimizer._mark_groups()
+    optimizer._ema.mark()
 
 
 def refuse_engines(accelerated: Any, args: Any) -> None:
