@@ -20,6 +20,7 @@ takes lists of tensors of one device and format, expects to run without autograd
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -217,6 +218,7 @@ FORMATS: dict[EMADtype, Format] = {
 }
 
 
+@cache
 def format_of(main: torch.dtype, low: torch.dtype | None = None) -> Format:
     """The format of tensors of these dtypes."""
     known = (f for f in FORMATS.values() if (f.main, f.low) == (main, low))

@@ -118,7 +118,9 @@ def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict
             rest[key] = values
             continue
         # A partial distributed load fills entries that the checkpoint lacks with an empty dict.
-        own[key] = {k: v for k, v in values.items() if k in STATE_KEYS and not _is_empty(v)}
+        own[key] = {
+            k: v for k, v in values.items() if k in STATE_KEYS and (not isinstance(v, dict) or v)
+        }
         # An entry of the EMA alone would look initialised to the inner optimizer, and is not.
         if inner := {k: v for k, v in values.items() if k not in STATE_KEYS}:
             rest[key] = inner
@@ -193,7 +195,3 @@ def packed_pairs(groups: Sequence[Group], saved: Sequence[Group]) -> Iterator[Pa
 def options_of(group: Group) -> Group:
     """A group's own EMA options."""
     return {key: group[key] for key in GROUP_OPTIONS if key in group}
-
-
-def _is_empty(value: object) -> bool:
-    return isinstance(value, dict) and not value

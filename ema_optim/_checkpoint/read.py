@@ -13,7 +13,7 @@ from .._shadow.holdings import no_autograd
 from .._shadow.options import check_low, check_options, check_tensor, format_name
 from .._shadow.pending import Held, held
 from .._shadow.shadow_set import ShadowSet
-from .._shadow.slots import Group, Parts, Slot, restored
+from .._shadow.slots import Group, Parts, Slot
 from .layout import Pair, StateDict, options_of, packed_pairs, split
 from .notes import Notes, parse
 
@@ -107,6 +107,9 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
         )
 
 
+_NAMED = {format_name(dtype): format for dtype, format in FORMATS.items()}
+
+
 class _Entry:
     """The EMA of one parameter as a checkpoint has it, checked."""
 
@@ -137,7 +140,8 @@ class _Entry:
         if swapped:
             slot = self._exchanged(shadow, parts)
         else:
-            slot = shadow.new_slot(self.param, shadow.options.of(self.options), parts)
+            with no_autograd():
+                slot = shadow.new_slot(self.param, shadow.options.of(self.options), parts)
         slot.set_counts(step, updates, share)
         return slot
 
@@ -149,7 +153,7 @@ class _Entry:
         param, (main, low) = self.param, parts
         format = format_of(main.dtype, None if low is None else low.dtype)
         with no_autograd():
-            slot = Slot(*restored(param, parts, format))
+            slot = Slot.of(param, parts, format)
             if "ema_weights" in self.saved:
                 slot.parked = copy_like(param, self.saved["ema_weights"])
         if slot.parked is None and shadow.parks(param, slot):
@@ -283,9 +287,8 @@ def _check_format(saved: StateDict, name: str | None, label: str) -> None:
     """Raise ValueError for an EMA that is not in the format it was saved in."""
     low = saved.get("ema_low")
     found = format_of(saved["ema"].dtype, None if low is None else low.dtype)
-    named = {format_name(dtype): format for dtype, format in FORMATS.items()}
     whole = found.low is None and found.main.itemsize >= 4
-    if name is None or (found == named[name] if name in named else whole):
+    if name is None or (found == _NAMED[name] if name in _NAMED else whole):
         return
     raise ValueError(
         f"ema of {label} must be as it was saved ({name}), got {found.main} and {found.low}: a "

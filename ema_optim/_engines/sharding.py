@@ -66,6 +66,14 @@ def part_for(param: Tensor, value: Tensor) -> Tensor:
     return local(distribute_tensor(value, mesh, placements, src_data_rank=None))
 
 
+def copy_part_(target: Tensor, value: Tensor, param: Tensor) -> None:
+    """Copy the part of ``value`` that this rank keeps for ``param`` into that of ``target``."""
+    if type(param) in PLAIN:
+        target.copy_(value)
+    else:
+        local(target).copy_(part_for(param, value))
+
+
 def whole_on_first_rank(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU, gathered one at a time; of DTensors, on the first rank alone."""
     whole = {}
@@ -93,7 +101,7 @@ def first_element(param: Tensor) -> int:
 
 def check_layout(what: str, value: Tensor, param: Tensor) -> None:
     """Raise ValueError for a DTensor that is spread in another way than its parameter."""
-    if not is_sharded(value):
+    if type(value) in PLAIN or not is_sharded(value):
         return
     if not is_sharded(param):
         raise ValueError(

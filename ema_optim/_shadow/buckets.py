@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from .._arithmetic.average import Casts
 from .._arithmetic.formats import Format
 from .._engines.quantized import dense, is_quantized
-from .._engines.sharding import first_element, is_sharded, local, local_parts
+from .._engines.sharding import PLAIN, first_element, is_sharded, local, local_parts
 from ..schedules import Decay, decay_factor
 from .options import Options
 from .slots import Counter, Group, Slot, place_of
@@ -41,10 +41,9 @@ class Bucket:
     slots: list[Slot] = field(default_factory=list)
 
     def add(self, param: Tensor, slot: Slot, start: int) -> None:
-        slot.count_with(self.counter)
         self.params.append(param)
         self.slots.append(slot)
-        self.emas.append(local(slot.ema))
+        self.emas.append(local(slot.ema) if self.sharded else slot.ema)
         self.starts.append(start)
         if slot.low is not None:
             self.lows.append(local(slot.low))
@@ -83,12 +82,6 @@ def params_of(groups: Sequence[Group]) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
 
 
-def begins(param: Tensor) -> bool:
-    """Whether an EMA of the parameter is to be born: it requires a gradient or has one."""
-    wanted = param.requires_grad or param.grad is not None
-    return wanted and not isinstance(param, UninitializedParameter)
-
-
 def make_buckets(
     groups: Sequence[Group],
     slots: Mapping[Tensor, Slot],
@@ -113,17 +106,20 @@ def make_buckets(
         for param in group["params"]:
             slot = slots.get(param)
             if slot is not None and param not in seen:
-                sharded = is_sharded(param)
+                plain, updates, share = type(param) in PLAIN, slot.updates, slot.share
+                sharded = not plain and is_sharded(param)
                 # Quantized weights are dense one at a time: each has a bucket of its own.
-                alone = id(param) if is_quantized(param) else None
-                format = slot.format
-                kind = (place_of(param), place_of(slot.ema), format, sharded, alone)
-                counts = (clock, _age(decay, slot.updates, every), slot.share == 0.0)
-                counter = Counter(clock, slot.updates, slot.share)
-                made = Bucket(decay, counter, format, sharded, alone is not None)
+                alone = id(param) if not plain and is_quantized(param) else None
+                kind = (place_of(param), place_of(slot.ema), slot.format, sharded, alone)
+                # A constant decay applies the same factor at every age but the first stride's.
+                age = updates if callable(decay) else min(updates, every)
                 source = id(decay) if callable(decay) else decay
-                bucket = buckets.setdefault((*kind, source, counts), made)
-                bucket.add(param, slot, first + first_element(param))
+                counter = Counter(clock, updates, share)
+                made = Bucket(decay, counter, slot.format, sharded, alone is not None)
+                key = (*kind, source, clock, age, share == 0.0)
+                bucket = buckets.setdefault(key, made)
+                slot.count_with(bucket.counter, updates, share)
+                bucket.add(param, slot, first + first_element(param) if sharded else first)
             seen.add(param)
             first += 0 if slot is None and is_lazy(param) else param.numel()
     _share_scratch(buckets.values())
@@ -133,11 +129,6 @@ def make_buckets(
 def is_lazy(param: Tensor) -> bool:
     """Whether a parameter has no shape yet."""
     return isinstance(param, UninitializedParameter)
-
-
-def _age(decay: Decay, updates: int, every: int) -> int:
-    # A constant decay applies the same factor at every age but the first stride's.
-    return updates if callable(decay) else min(updates, every)
 
 
 def _share_scratch(buckets: Iterable[Bucket]) -> None:
@@ -153,7 +144,8 @@ def _share_scratch(buckets: Iterable[Bucket]) -> None:
 def follows(group: Group, param: Tensor) -> bool:
     """Whether an EMA of a parameter that has none is to be born."""
     # "ema_buffers" marks the group of a model's averaged buffers, which never require a gradient.
-    return bool(group.get("ema_buffers")) or begins(param)
+    wanted = param.requires_grad or param.grad is not None or group.get("ema_buffers", False)
+    return wanted and not isinstance(param, UninitializedParameter)
 
 
 def is_dry(groups: Sequence[Group]) -> bool:

@@ -80,7 +80,8 @@ def load_ema_state(
     _check_tied({name: found[name] for name in targets}, named)
     for name, param in targets.items():
         wanted = options.get(param, shadow.options)
-        slots[param] = _loaded_slot(shadow, param, found[name], wanted)
+        with no_autograd():
+            slots[param] = _loaded_slot(shadow, param, found[name], wanted)
     shadow.forget_lanes()
     shadow.held = None  # an EMA of another source says nothing of the model's file
     shadow.slots.update(slots)

@@ -1,6 +1,7 @@
 """What a user may set, and what is said of a value that is out of its range."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,11 +32,8 @@ class Options(NamedTuple):
             group.get("ema_enabled", True),
         )
 
-    def format(self, param: Tensor) -> Format:
-        """How the EMA of a parameter of the group is stored."""
-        return ema_format(param.dtype, self.dtype)
 
-
+@cache
 def ema_format(dtype: torch.dtype, wanted: EMADtype) -> Format:
     """How the EMA of a parameter is stored; that of a complex one always as it is by default."""
     if isinstance(wanted, torch.dtype) and wanted not in FORMATS:
@@ -121,7 +119,8 @@ def check_tensor(what: str, value: object, param: Tensor) -> None:
     """Raise TypeError or ValueError for a value that cannot be the EMA of ``param``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{what} must be a tensor, got {value!r}")
-    _check_dense(what, value)
+    if value.is_meta or value.layout != torch.strided:
+        _raise_not_dense(what, value)
     floats = value.is_floating_point() or value.is_complex()
     if not floats or value.shape != param.shape or value.is_complex() != param.is_complex():
         raise ValueError(
@@ -131,10 +130,9 @@ def check_tensor(what: str, value: object, param: Tensor) -> None:
     check_layout(what, value, param)
 
 
-def _check_dense(what: str, value: Tensor) -> None:
-    if value.is_meta or value.layout != torch.strided:
-        where = "one on meta" if value.is_meta else f"{value.layout}"
-        raise ValueError(f"{what} must be a dense tensor with values, got {where}: it is damaged")
+def _raise_not_dense(what: str, value: Tensor) -> None:
+    where = "one on meta" if value.is_meta else f"{value.layout}"
+    raise ValueError(f"{what} must be a dense tensor with values, got {where}: it is damaged")
 
 
 def check_low(what: str, low: object, param: Tensor) -> None:
@@ -142,7 +140,8 @@ def check_low(what: str, low: object, param: Tensor) -> None:
     kinds = [format.low for format in FORMATS.values() if format.low]
     if not isinstance(low, torch.Tensor):
         raise TypeError(f"{what} must be a tensor, got {low!r}")
-    _check_dense(what, low)
+    if low.is_meta or low.layout != torch.strided:
+        _raise_not_dense(what, low)
     if low.dtype not in kinds or low.shape != param.shape:
         got = tuple(low.shape), low.dtype
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._arithmetic.fingerprint import fingerprint, kinds, kinds_of
 from .holdings import no_autograd
+from .options import ema_format
 from .shadow_set import ShadowSet
 from .slots import read_
 
@@ -85,7 +86,7 @@ def finish_formats(shadow: ShadowSet) -> None:
     """Bring an EMA that was exchanged in another format than this run's into that."""
     options = shadow.options_by_param()
     for param, slot in shadow.all_slots().items():
-        wanted = options.get(param, shadow.options).format(param)
+        wanted = ema_format(param.dtype, options.get(param, shadow.options).dtype)
         if slot.format != wanted:
             shadow.forget_lanes()
             with no_autograd():

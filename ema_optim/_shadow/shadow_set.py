@@ -8,7 +8,7 @@ Everything mutable sits in this object, so that a proxy of the optimizer (Lightn
 to one with a ``__dict__`` of its own) and the optimizer itself can never disagree.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -24,7 +24,15 @@ from ..schedules import Decay, check_decay, decay_factor, initial_share
 from .buckets import follows, is_dry, make_buckets, params_of
 from .holdings import Holdings, no_autograd
 from .lanes import Lane, Lanes
-from .options import Options, check_count, check_dtype, check_module, check_options, format_name
+from .options import (
+    Options,
+    check_count,
+    check_dtype,
+    check_module,
+    check_options,
+    ema_format,
+    format_name,
+)
 from .reserved import ReservedKeys
 from .slots import Group, Parts, Slot, stored, value_of
 
@@ -187,7 +195,8 @@ class ShadowSet(Holdings):
     def follow_members(self) -> None:
         """Have every EMA that is to be begin at the weights of this moment."""
         self.clear()
-        self.slots = {param: self.new_slot(param, self.options) for param in self.members()}
+        with no_autograd():
+            self.slots = {param: self.new_slot(param, self.options) for param in self.members()}
 
     def set_ema_step(self, slot: Slot, ema_step: int) -> None:
         """Have a slot show a counter that an engine assigns."""
@@ -245,7 +254,7 @@ class ShadowSet(Holdings):
 
     def clock_of(self, group: Group) -> int:
         """The clock of a param group: how many of its steps were counted."""
-        slots = filter(None, map(self.find, group["params"]))
+        slots = filter(None, map(self.all_slots().get, group["params"]))
         marked = min(self.step, group.get("ema_step", self.step))  # an old mark after a new start
         return max((slot.counter.steps for slot in slots), default=marked)
 
@@ -272,7 +281,8 @@ class ShadowSet(Holdings):
         self.forget_lanes()
         slot = self.find(param)
         if slot is None:
-            slot = self.slots[param] = self.new_slot(param, self.options)
+            with no_autograd():
+                slot = self.slots[param] = self.new_slot(param, self.options)
         return slot
 
     def members(self) -> list[Tensor]:
@@ -287,7 +297,7 @@ class ShadowSet(Holdings):
     def new_slot(
         self, param: Tensor, options: Options, parts: Parts | None = None, steps: int | None = None
     ) -> Slot:
-        """A slot in the format that is wanted for the parameter.
+        """A slot in the format that is wanted for the parameter; called under ``no_autograd()``.
 
         Args:
             param: The parameter.
@@ -295,9 +305,8 @@ class ShadowSet(Holdings):
             parts: What it is to hold; None for the parameter's weights.
             steps: The clock of its group; None for the largest.
         """
-        refuse_flat([param])
-        with no_autograd():
-            slot = Slot.of(param, (param, None) if parts is None else parts, options.format(param))
+        kept = (param, None) if parts is None else parts
+        slot = Slot.of(param, kept, ema_format(param.dtype, options.dtype))
         slot.counter.steps = self.step if steps is None else steps
         return slot
 
@@ -319,9 +328,11 @@ class ShadowSet(Holdings):
         decay = next((o.decay for o in all_options if o.enabled), self.decay)
         return decay_factor(decay, max(1, self.step - self.update_after_step), 1)
 
-    def _followed(self, group: Group) -> Iterator[Tensor]:
-        if self.options.of(group).enabled:
-            yield from (p for p in group["params"] if self.find(p) or follows(group, p))
+    def _followed(self, group: Group) -> list[Tensor]:
+        if not self.options.of(group).enabled:
+            return []
+        slots = self.all_slots()
+        return [p for p in group["params"] if p in slots or follows(group, p)]
 
     def _lane(self, groups: Sequence[Group]) -> Lane:
         lane = self._lanes.find(groups)
@@ -341,7 +352,8 @@ class ShadowSet(Holdings):
         self.forget_memory()
         self._lanes.leave(groups)
         self._known = kinds_of([*params, *self._lanes.params()])
-        self._look_after_slots(groups)
+        with no_autograd():
+            self._look_after_slots(groups)
         if any(slot.format == FORMATS[torch.bfloat16] for slot in self.slots.values()):
             self.warned.once("bfloat16", _BFLOAT16)
         with no_autograd():
@@ -351,31 +363,31 @@ class ShadowSet(Holdings):
 
     def _look_after_slots(self, groups: Sequence[Group]) -> None:
         """Make missing slots, mend stale ones, and part with those of parameters that have left."""
-        here: dict[Tensor, Slot] = {}
+        here, known = dict[Tensor, Slot](), self.all_slots()
         for group in groups:
             options, clock = self.options.of(group), self.clock_of(group)
             for param in self._followed(group):
                 if param not in here:
-                    here[param] = self._slot_at(param, options, clock)
+                    slot = self._mended(param, known.get(param), options)
+                    here[param] = slot or self.new_slot(param, options, steps=clock)
+        refuse_flat(here)
         stepped, held = (set(map(id, ps)) for ps in (params_of(groups), self._lanes.params()))
-        gone = {p: s for p, s in self.all_slots().items() if id(p) not in stepped}
+        gone = {p: s for p, s in known.items() if id(p) not in stepped}
         self.slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}
         # A model has all its parameters at any time: what is not there is gone for good.
         left = {p: s for p, s in gone.items() if self.sees_steps and id(p) not in held}
         self.set_absent(left)
 
-    def _slot_at(self, param: Tensor, options: Options, clock: int) -> Slot:
-        slot = self.find(param)
-        if slot is not None and slot.ema.shape != param.shape:
-            self.warn_of_shape(param)
-            slot = None
+    def _mended(self, param: Tensor, slot: Slot | None, options: Options) -> Slot | None:
         if slot is None:
-            return self.new_slot(param, options, steps=clock)
-        wanted = options.format(param)
+            return None
+        if slot.ema.shape != param.shape:
+            self.warn_of_shape(param)
+            return None
+        wanted = ema_format(param.dtype, options.dtype)
         moved = slot.ema.device != param.device
         if moved or (slot.format != wanted and param not in self.swapped):
-            with no_autograd():
-                slot.convert(param, wanted)
+            slot.convert(param, wanted)
         return slot
 
     def warn_of_shape(self, param: Tensor) -> None:

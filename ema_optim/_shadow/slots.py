@@ -17,7 +17,7 @@ from .._engines.quantized import (
     is_quantized,
     write_,
 )
-from .._engines.sharding import local, locals_of, part_for
+from .._engines.sharding import PLAIN, copy_part_, local, locals_of, part_for
 
 Group = dict[str, Any]
 
@@ -56,13 +56,15 @@ class Slot:
         low: The low-order tensor of a format that has one.
         parked: The training weights while the EMA weights are in a parameter that could not take
             them by exchange (another dtype, quantized, memory shared with another parameter).
+        format: How it is stored.
         counter: Shared with the other slots of its bucket.
         ahead: By how much ``updates`` is larger than the counter's.
         ratio: By what factor ``share`` is larger than the counter's.
     """
 
     ema: Tensor
-    low: Tensor | None = None
+    low: Tensor | None
+    format: Format
     parked: Tensor | None = None
     counter: Counter = field(default_factory=Counter)
     ahead: int = 0
@@ -71,11 +73,12 @@ class Slot:
     @classmethod
     def of(cls, param: Tensor, parts: Parts, format: Format) -> "Slot":
         """A slot of what ``parts`` hold, in a format of its own."""
-        return cls(*restored(param, parts, format))
+        return cls(*restored(param, parts, format), format)
 
     def convert(self, param: Tensor, format: Format) -> None:
         """Keep the same EMA in another format, or on the device that its parameter is on now."""
         self.ema, self.low = restored(param, (self.ema, self.low), format)
+        self.format = format
 
     def hold(self, param: Tensor, parts: Parts) -> None:
         """Hold what ``parts`` hold, in the slot's own format."""
@@ -85,10 +88,6 @@ class Slot:
         """Take other training weights for those that are parked, if any are."""
         if self.parked is not None:
             self.parked = copy_like(param, weights)
-
-    @property
-    def format(self) -> Format:
-        return format_of(self.ema.dtype, None if self.low is None else self.low.dtype)
 
     @property
     def updates(self) -> int:
@@ -103,10 +102,10 @@ class Slot:
         """The share of the initial weights that is still inside the EMA."""
         return self.counter.share * self.ratio
 
-    def count_with(self, counter: Counter) -> None:
-        """Go on counting with a counter that was made for a slot of the same kind."""
-        self.ahead = self.updates - counter.updates
-        self.ratio = self.share / counter.share if self.share != counter.share else 1.0
+    def count_with(self, counter: Counter, updates: int, share: float) -> None:
+        """Go on from these counts with a counter that was made for a slot of the same kind."""
+        self.ahead = updates - counter.updates
+        self.ratio = share / counter.share if share != counter.share else 1.0
         self.counter = counter
 
     def set_counts(self, steps: int, updates: int, share: float) -> None:
@@ -124,7 +123,8 @@ def stored(param: Tensor, value: Tensor, format: Format) -> Parts:
 
 def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
     """What a checkpoint holds, as the EMA of ``param`` is kept: bit for bit in the same format."""
-    check_quantized(param, local(param))
+    if type(param) not in PLAIN:
+        check_quantized(param, local(param))
     parts = main, low = dense(parts[0]), parts[1]
     if format_of(main.dtype, None if low is None else low.dtype) != format:
         # The remainder of an fp32 tensor needs more digits than fp32 has.
@@ -133,7 +133,7 @@ def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
     kept = _empty(param, format)
     for target, source in zip(kept, parts, strict=True):
         if target is not None and source is not None:
-            local(target).copy_(part_for(param, source.detach()))
+            copy_part_(target, source.detach(), param)
     return kept
 
 
