@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from .._arithmetic.formats import FORMATS, format_of
 from .._engines.quantized import copy_like
 from .._shadow.holdings import no_autograd
-from .._shadow.options import check_low, check_options, check_tensor, format_name
+from .._shadow.options import Options, check_low, check_options, check_tensor, format_name
 from .._shadow.pending import Held, held
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Group, Parts, Slot
@@ -61,8 +61,10 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
     swapped = any(bool(group.get("ema_swapped")) for group in saved)
     given = [_given(shadow, index) for index in range(len(groups))]
     options = [
-        {**options_of(group), **packed, **mine, "ema_format": note.format}
-        for group, packed, mine, note in zip(groups, saved, given, notes, strict=True)
+        _Saved.of({**options_of(group), **packed, **mine}, note, shadow.options, index)
+        for index, (group, packed, mine, note) in enumerate(
+            zip(groups, saved, given, notes, strict=True)
+        )
     ]
     entries, missing = _find_entries(groups, pairs, options, inner, own, swapped)
     if swapped or entries:
@@ -72,10 +74,8 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
         cold = bool(missing or entries)
         return Loaded({}, 0 if cold else _clock(state_dict, entries), cold=cold)
     step = _clock(state_dict, entries)
-    slots = {
-        entry.param: entry.slot(shadow, step if entry.clock is None else entry.clock, swapped)
-        for entry in entries
-    }
+    with no_autograd():
+        slots = {entry.param: entry.slot(shadow, step, swapped) for entry in entries}
     noted = _marked(state_dict, "ema_global_step")
     known = held(_texts(pairs, slots, notes))
     return Loaded(slots, step, swapped, trainer_step=max(noted, default=None), held=known)
@@ -110,10 +110,25 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
 _NAMED = {format_name(dtype): format for dtype, format in FORMATS.items()}
 
 
+class _Saved(NamedTuple):
+    """What a checkpoint says of a param group, this run's own options before it."""
+
+    options: Options
+    decay: float | None  # its own
+    clock: int | None  # old checkpoints of EMAModel have none
+    format: str | None
+
+    @classmethod
+    def of(cls, group: Group, note: Notes, options: Options, index: int) -> "_Saved":
+        clock = group.get("ema_step")
+        known = None if clock is None else _count(clock, f"param_groups[{index}]")
+        return cls(options.of(group), group.get("ema_decay"), known, note.format)
+
+
 class _Entry:
     """The EMA of one parameter as a checkpoint has it, checked."""
 
-    def __init__(self, param: Tensor, saved: StateDict, options: Group, label: str) -> None:
+    def __init__(self, param: Tensor, saved: StateDict, group: _Saved, label: str) -> None:
         for key in ("ema", "ema_step"):
             if key not in saved:
                 raise ValueError(f"{key} of {label} must be in the checkpoint, got {sorted(saved)}")
@@ -122,26 +137,23 @@ class _Entry:
                 check_tensor(f"{key} of {label}", saved[key], param)
         if "ema_low" in saved:
             check_low(f"ema_low of {label}", saved["ema_low"], param)
-        _check_format(saved, options.get("ema_format"), label)
+        _check_format(saved, group.format, label)
         self.count = _count(saved["ema_step"], label)
-        clock = options.get("ema_step")  # of its group; old checkpoints of EMAModel have none
-        self.clock = None if clock is None else _count(clock, f"the group of {label}")
-        self.param, self.saved, self.label = param, saved, label
-        self.options = options
+        self.param, self.saved, self.group, self.label = param, saved, group, label
 
     def slot(self, shadow: ShadowSet, step: int, swapped: bool) -> Slot:
+        step = step if self.group.clock is None else self.group.clock
         if self.count > step:
             raise ValueError(
                 f"ema_step of {self.label} must be at most its param group's {step}, got "
                 f"{self.count}: the checkpoint is damaged"
             )
-        updates, share = shadow.counter_at(self.count, step, self.options.get("ema_decay"))
+        updates, share = shadow.counter_at(self.count, step, self.group.decay)
         parts = self.saved["ema"], self.saved.get("ema_low")
         if swapped:
             slot = self._exchanged(shadow, parts)
         else:
-            with no_autograd():
-                slot = shadow.new_slot(self.param, shadow.options.of(self.options), parts)
+            slot = shadow.new_slot(self.param, self.group.options, parts)
         slot.set_counts(step, updates, share)
         return slot
 
@@ -152,10 +164,9 @@ class _Entry:
         """
         param, (main, low) = self.param, parts
         format = format_of(main.dtype, None if low is None else low.dtype)
-        with no_autograd():
-            slot = Slot.of(param, parts, format)
-            if "ema_weights" in self.saved:
-                slot.parked = copy_like(param, self.saved["ema_weights"])
+        slot = Slot.of(param, parts, format)
+        if "ema_weights" in self.saved:
+            slot.parked = copy_like(param, self.saved["ema_weights"])
         if slot.parked is None and shadow.parks(param, slot):
             raise ValueError(
                 f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "
@@ -168,7 +179,7 @@ class _Entry:
 def _find_entries(
     groups: Sequence[Group],
     pairs: Sequence[Pair],
-    options: Sequence[Group],
+    options: Sequence[_Saved],
     inner: StateDict,
     own: dict[Any, StateDict],
     swapped: bool,
@@ -179,7 +190,7 @@ def _find_entries(
     entries, missing = [], []
     for pair in pairs:
         mine = options[pair.group]
-        enabled = mine.get("ema_enabled", True)
+        enabled = mine.options.enabled
         if pair.key in own and (enabled or swapped):
             entries.append(_Entry(pair.param, own[pair.key], mine, _label(groups, pair)))
         elif enabled and pair.param.requires_grad and inner["state"].get(pair.key):

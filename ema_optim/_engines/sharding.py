@@ -39,12 +39,7 @@ def local(tensor: Tensor) -> Tensor:
 def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """``local`` of each."""
     tensors = list(tensors)
-    return tensors if all_plain(tensors) else list(map(local, tensors))
-
-
-def all_plain(tensors: Iterable[object]) -> bool:
-    """Whether none of the tensors needs a look at its class."""
-    return PLAIN.issuperset(map(type, tensors))
+    return tensors if PLAIN.issuperset(map(type, tensors)) else list(map(local, tensors))
 
 
 def local_parts(tensors: Sequence[Any]) -> list[Tensor]:
@@ -143,8 +138,7 @@ def reshard(params: Iterable[Tensor], module: nn.Module | None = None) -> None:
     Raises:
         RuntimeError: They are not found, because this torch keeps them elsewhere.
     """
-    params = list(params)
-    wanted = set() if all_plain(params) else {id(p) for p in params if is_sharded(p)}
+    wanted = {id(p) for p in params if type(p) not in PLAIN and is_sharded(p)}
     if not wanted:
         return
     for owner in _owners(wanted) if module is None else fsdp_modules(module):
@@ -168,11 +162,9 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 def by_spread(params: Iterable[Tensor]) -> dict[Spread, list[Tensor]]:
     """Parameters by the ranks that their parts are spread over; None for plain tensors."""
-    params, groups = list(params), dict[Spread, list[Tensor]]()
-    if params and all_plain(params):
-        return {None: params}
+    groups: dict[Spread, list[Tensor]] = {}
     for param in params:
-        groups.setdefault(_spread(param), []).append(param)
+        groups.setdefault(None if type(param) in PLAIN else _spread(param), []).append(param)
     return groups
 
 

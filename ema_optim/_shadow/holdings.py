@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._engines.quantized import dense, is_quantized
+from .._engines.sharding import PLAIN
 from .memory import shared_memory
 from .slots import Slot, place_of, value_of
 from .swap_state import Mode, SwapState
@@ -92,8 +93,9 @@ class Holdings:
         """Whether a swap parks the weights, because an exchange would round or mix values."""
         if self._shared is None:
             self.look_at_memory()
-        alike = place_of(param) == place_of(slot.ema) and not is_quantized(param)
-        return not alike or param in (self._shared or ())
+        if place_of(param) != place_of(slot.ema) or param in (self._shared or ()):
+            return True
+        return type(param) not in PLAIN and is_quantized(param)
 
     def look_at_memory(self) -> None:
         """Find out anew which parameters share memory: ``param.data = ...`` may have changed it."""

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from .._engines.quantized import is_quantized
-from .._engines.sharding import local
+from .._engines.sharding import PLAIN, locals_of
 
 
 def shared_memory(tensors: Iterable[Tensor]) -> set[Tensor]:
     """The tensors whose memory ranges overlap with another's."""
+    # Quantized weights have no address, and are never exchanged.
+    dense = [t for t in tensors if type(t) in PLAIN or not is_quantized(t)]
     by_device: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
-    for tensor in tensors:
-        # Quantized weights have no address, and are never exchanged.
-        if local(tensor).numel() and not is_quantized(tensor):
-            by_device.setdefault(tensor.device, []).append((*_bytes(local(tensor)), tensor))
+    for tensor, part in zip(dense, locals_of(dense), strict=True):
+        if part.numel():
+            by_device.setdefault(tensor.device, []).append((*_bytes(part), tensor))
     shared: set[Tensor] = set()
     for spans in by_device.values():
         spans.sort(key=lambda span: span[0])

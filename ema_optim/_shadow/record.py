@@ -56,8 +56,8 @@ def refuse_crossed(state: "SwapState") -> None:
 
 def refuse_interrupted(state: "SwapState", params: Iterable[Tensor]) -> None:
     """Raise RuntimeError for a swap over one of another object that was interrupted."""
-    halves = [other for other in _others(state) if other.move is not None]
-    if (other := _holding(params, halves)) is not None:
+    halves = [other for other in _others(state) if other.move is not None] if _holders else ()
+    if halves and (other := _holding(params, halves)) is not None:
         raise RuntimeError(f"a swap while that of another object was interrupted{_way_out(other)}")
 
 
@@ -88,12 +88,14 @@ def versions_of(params: Iterable[Tensor]) -> dict[int, int]:
 
 def before_ours(state: "SwapState", params: Iterable[Tensor]) -> dict[int, int]:
     """What was counted before we write, where another object is to be told."""
-    return versions_of(params) if _others(state) else {}
+    return versions_of(params) if _holders and _others(state) else {}
 
 
 def take_for_ours(state: "SwapState", params: Iterable[Tensor], before: dict[int, int]) -> None:
     """Have other objects take what was written since ``before`` for no write of a user."""
-    now = versions_of(params) if before else {}
+    if not before:
+        return
+    now = versions_of(params)
     for other in _others(state):
         for key in other.versions.keys() & before.keys():
             other.versions[key] += now[key] - before[key]

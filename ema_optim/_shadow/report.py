@@ -1,7 +1,7 @@
 """What a user is told about the EMA: metrics, and warnings where it is read."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -52,18 +52,20 @@ def updates_made(shadow: ShadowSet) -> int:
 
 def warn_export(shadow: ShadowSet) -> None:
     """Warn, where the EMA is about to be read, of one that is not worth reading."""
-    warn_young(shadow, "export")
-    warn_non_finite(shadow)
+    counted = shadow.counted()
+    warn_young(shadow, "export", counted)
+    warn_non_finite(shadow, counted)
 
 
-def warn_young(shadow: ShadowSet, kind: str) -> None:
+def warn_young(shadow: ShadowSet, kind: str, counted: Mapping[Tensor, Slot]) -> None:
     """Warn once of an EMA that still holds much of the initial weights, or that is none.
 
     Args:
         shadow: The shadow set.
         kind: "swap" or "export"; once for each.
+        counted: The slots that hold an average.
     """
-    slots = shadow.counted().values()
+    slots = counted.values()
     if not slots and any(shadow.options.of(group).enabled for group in shadow.groups):
         _warn_unaveraged(shadow)
     worst = max(slots, key=lambda slot: slot.share, default=None)
@@ -84,9 +86,8 @@ def _warn_unaveraged(shadow: ShadowSet) -> None:
         )
 
 
-def warn_non_finite(shadow: ShadowSet) -> None:
+def warn_non_finite(shadow: ShadowSet, counted: Mapping[Tensor, Slot]) -> None:
     """Warn of an EMA that holds NaN or infinite values (on this rank)."""
-    counted = shadow.counted()
     with no_autograd():
         bad = non_finite(locals_of(shadow.main_of(param) for param in counted))
     if bad:

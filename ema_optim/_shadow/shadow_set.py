@@ -195,8 +195,10 @@ class ShadowSet(Holdings):
     def follow_members(self) -> None:
         """Have every EMA that is to be begin at the weights of this moment."""
         self.clear()
+        members = self.members()
+        refuse_flat(members)
         with no_autograd():
-            self.slots = {param: self.new_slot(param, self.options) for param in self.members()}
+            self.slots = {param: self.new_slot(param, self.options) for param in members}
 
     def set_ema_step(self, slot: Slot, ema_step: int) -> None:
         """Have a slot show a counter that an engine assigns."""
@@ -238,6 +240,12 @@ class ShadowSet(Holdings):
             "ema_swapped": "swapped" if self.swapped else False,
             "ema_format": format_name(self.options.of(group).dtype),
         }
+
+    def mark_swapped(self) -> None:
+        """Write what a swap has changed of the marks."""
+        swapped = "swapped" if self.swap.swapped else False
+        for group in self.groups if self.sees_steps else ():
+            group["ema_swapped"] = swapped
 
     def mark(self) -> None:
         """Write the marks into the live groups: flattened distributed checkpoints ask for them."""
@@ -363,6 +371,7 @@ class ShadowSet(Holdings):
 
     def _look_after_slots(self, groups: Sequence[Group]) -> None:
         """Make missing slots, mend stale ones, and part with those of parameters that have left."""
+        refuse_flat(params_of(groups))
         here, known = dict[Tensor, Slot](), self.all_slots()
         for group in groups:
             options, clock = self.options.of(group), self.clock_of(group)
@@ -370,7 +379,6 @@ class ShadowSet(Holdings):
                 if param not in here:
                     slot = self._mended(param, known.get(param), options)
                     here[param] = slot or self.new_slot(param, options, steps=clock)
-        refuse_flat(here)
         stepped, held = (set(map(id, ps)) for ps in (params_of(groups), self._lanes.params()))
         gone = {p: s for p, s in known.items() if id(p) not in stepped}
         self.slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}

@@ -87,22 +87,22 @@ def enter_eval(shadow: ShadowSet) -> None:
 
 def put_in(shadow: ShadowSet) -> None:
     """Put the EMA weights in, with the warnings that they may be worth."""
-    report.warn_young(shadow, "swap")
-    doubtful = swap_in(shadow)
-    shadow.mark()
+    counted = shadow.counted()
+    report.warn_young(shadow, "swap", counted)
+    doubtful = swap_in(shadow, counted)
+    shadow.mark_swapped()
     if doubtful:
-        report.warn_non_finite(shadow)
+        report.warn_non_finite(shadow, counted)
 
 
-def swap_in(shadow: ShadowSet) -> bool:
-    """Put the EMA weights into the parameters. An error on the way changes nothing.
+def swap_in(shadow: ShadowSet, counted: Slots) -> bool:
+    """Put the EMA weights of these slots into the parameters. An error on the way changes nothing.
 
     Returns:
         Whether they may hold a NaN or an infinity (certainly not, if False).
     """
     state = shadow.swap
     with state.alone("a swap"):
-        counted = shadow.counted()
         if not counted:
             return False
         record.refuse_interrupted(state, counted)
@@ -125,7 +125,7 @@ def swap_in(shadow: ShadowSet) -> bool:
                 put_back(shadow)
                 raise
             emas = locals_of(slot.ema for slot in parking.values())
-            return move.exchange.doubtful() or bool(non_finite(emas))
+            return move.exchange.doubtful() or bool(parking and non_finite(emas))
 
 
 def put_back(shadow: ShadowSet) -> None:
@@ -140,7 +140,6 @@ def put_back(shadow: ShadowSet) -> None:
         if state.move is None and state.swapped:
             record.refuse_crossed(state)
             written = _written(shadow)
-            reshard(state.swapped, shadow.module)
             parking = {p: s for p, s in state.swapped.items() if s.parked is not None}
             with no_autograd():
                 state.move = Move(state.swapped, parking, arrived=True)
@@ -148,7 +147,7 @@ def put_back(shadow: ShadowSet) -> None:
             _finish(shadow, state.move)
         record.leave(state)
         state.mode = Mode.TRAIN
-    shadow.mark()
+    shadow.mark_swapped()
     if written:
         shadow.warned.once(
             "written",
@@ -214,7 +213,7 @@ def apply(shadow: ShadowSet) -> None:
         record.leave(state)
         if state.mode is Mode.EVAL:
             state.mode = Mode.TRAIN
-    shadow.mark()
+    shadow.mark_swapped()
 
 
 def resolve_pending(shadow: ShadowSet) -> None:
@@ -277,7 +276,7 @@ def _written(shadow: ShadowSet) -> list[str]:
     state = shadow.swap
     now = record.versions_of(state.swapped)
     params = [p for p in state.swapped if now[id(p)] != state.versions.get(id(p), now[id(p)])]
-    return record.names_of(state.groups, params)
+    return record.names_of(state.groups, params) if params else []
 
 
 def _all_equal(swapped: Slots) -> bool:

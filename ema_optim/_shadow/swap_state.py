@@ -60,7 +60,8 @@ class Move:
         """Put the EMA weights in."""
         try:
             self.exchange.run()
-            read_(self._parking, list(self._parking.values()))
+            if self._parking:
+                read_(self._parking, list(self._parking.values()))
         finally:
             torch.clear_autocast_cache()
         for param, slot in self.slots.items():
@@ -71,7 +72,8 @@ class Move:
         try:
             self.exchange.undo()
             plain = {p: kept for p, kept in self._parked.items() if not is_quantized(p)}
-            copy_(locals_of(plain), locals_of(plain.values()))
+            if plain:
+                copy_(locals_of(plain), locals_of(plain.values()))
             for param, kept in self._parked.items():
                 if param not in plain:
                     write_(param, kept)

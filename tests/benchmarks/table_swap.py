@@ -31,7 +31,7 @@ def exchange_alone(model, decay):
     return Average(
         lambda: shadow.finish_step(shadow.begin_step()),
         lambda: averages.emas_of(optimizer, model),
-        lambda: swap.swap_in(shadow),
+        lambda: swap.swap_in(shadow, shadow.counted()),
         lambda: swap.put_back(shadow),
     )
 
