@@ -37,11 +37,10 @@ from .schedules import Decay
 
 
 class EMAOptimizer(ForwardingOptimizer):
-    r"""Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
+    """Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
 
-    .. math::
-        \text{ema}_t = \text{decay} \cdot \text{ema}_{t-1} + (1 - \text{decay}) \cdot
-        \text{weights}_t, \qquad \text{ema}_0 = \text{the weights before the first step}
+    ``ema = decay * ema + (1 - decay) * weights`` after every step; the EMA begins at the weights
+    before the first one. Where the learning rate is decayed to zero it gains nothing.
 
     The trajectory of the training weights is bit-equal to that of the inner optimizer alone. The
     EMA is part of ``state_dict()``, in fp32 for every narrower parameter. Param groups may carry
