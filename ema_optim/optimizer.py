@@ -271,11 +271,9 @@ class EMAOptimizer(ForwardingOptimizer):
         self._mark_groups()
 
     def compile(self, **torch_compile_kwargs: Any) -> None:
-        r"""Make the inner step and the EMA one compiled graph, which reads each weight once.
+        """Make the inner step and the EMA one compiled graph, which reads each weight once.
 
-        .. math::
-            (\text{weights}, \text{state}, \text{ema}) \leftarrow f(\text{weights}, \text{state},
-            \text{grads}, \text{ema})
+        ``weights, state, ema = f(weights, state, gradients, ema)``.
 
         The numbers are those of the eager step up to rounding, checkpoints and swaps are the same.
         Tracing begins with the second step and takes a second and more for every ten tensors; a
