@@ -268,6 +268,13 @@ def test_measured_gains_of_the_guides_are_in_the_raw_output():
     assert [gain for gain in gains if gain not in raw.replace("  ", " ")] == []
 
 
+def test_measured_numbers_of_the_guides_are_in_the_raw_output():
+    raw = "".join(path.read_text() for path in OUTPUTS)
+    for page in PAGES:
+        numbers = re.findall(r"\b\d\d\.\d\d %|\b[1-9]\.\d{4}\b", page.read_text())
+        assert [number for number in numbers if number not in raw] == [], page.name
+
+
 def test_gains_of_the_raw_output_are_in_the_guides():
     printed = " ".join(page.read_text() for page in FIGURES).replace("\n", " ")
     for output in OUTPUTS:
