@@ -40,7 +40,7 @@ class EMAOptimizer(ForwardingOptimizer):
     """Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
 
     ``ema = decay * ema + (1 - decay) * weights`` after every step; the EMA begins at the weights
-    before the first one. Where the learning rate is decayed to zero it gains nothing.
+    before the first one. If the learning rate is decayed to zero, it gains nothing.
 
     The trajectory of the training weights is bit-equal to that of the inner optimizer alone. The
     EMA is part of ``state_dict()``, in fp32 for every narrower parameter. Param groups may carry
