@@ -1,4 +1,4 @@
-"""EMA weights against training weights on real images: half a minute on a CPU, no download.
+"""EMA weights against training weights on real images: less than a minute on a CPU, no download.
 
 A small network learns scikit-learn's digits from 600 images under fresh input noise. At a constant
 learning rate the training weights keep jumping around a good solution; their average does not.
