@@ -20,11 +20,10 @@ from .schedules import Decay
 
 
 class EMAModel:
-    r"""Keep an exponential moving average (EMA) of a model's weights beside the model.
+    """Keep an exponential moving average (EMA) of a model's weights beside the model.
 
-    .. math::
-        \text{ema}_t = \text{decay} \cdot \text{ema}_{t-1} + (1 - \text{decay}) \cdot
-        \text{weights}_t, \qquad \text{ema}_0 = \text{the weights at construction}
+    ``ema = decay * ema + (1 - decay) * weights`` at every update; the EMA begins at the weights
+    that the model has at construction.
 
     Call ``update()`` once after each optimizer step. Averaged are the parameters that require a
     gradient. Buffers (running statistics of BatchNorm) are the model's own by default, put back as

@@ -29,11 +29,10 @@ from .schedules import Decay
 
 
 class EMAOptimizer(ForwardingOptimizer):
-    r"""Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
+    """Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
 
-    .. math::
-        \text{ema}_t = \text{decay} \cdot \text{ema}_{t-1} + (1 - \text{decay}) \cdot
-        \text{weights}_t, \qquad \text{ema}_0 = \text{the weights before the first step}
+    ``ema = decay * ema + (1 - decay) * weights`` after every step; the EMA begins at the weights
+    before the first one. If the learning rate is decayed to zero, it gains nothing.
 
     The trajectory of the training weights is bit-equal to that of the inner optimizer alone. The
     EMA is part of ``state_dict()``, in fp32 for every narrower parameter. Param groups may carry
@@ -253,11 +252,9 @@ class EMAOptimizer(ForwardingOptimizer):
         self._ema.mark()
 
     def compile(self, **torch_compile_kwargs: Any) -> None:
-        r"""Make the inner step and the EMA one compiled graph, which reads each weight once.
+        """Make the inner step and the EMA one compiled graph, which reads each weight once.
 
-        .. math::
-            (\text{weights}, \text{state}, \text{ema}) \leftarrow f(\text{weights}, \text{state},
-            \text{grads}, \text{ema})
+        ``weights, state, ema = f(weights, state, gradients, ema)``.
 
         The numbers are those of the eager step up to rounding, checkpoints and swaps are the same.
         Tracing begins with the second step and takes a second and more for every ten tensors; a

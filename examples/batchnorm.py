@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
 
 from ema_optim import EMAModel, EMAOptimizer, compute_optimal_decay
 
@@ -84,7 +85,8 @@ def main() -> None:
     torch.set_num_threads(1)  # the network is too small to share
     pixels, digits = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(digits)
-    runs = [train(images, labels, seed, args.steps) for seed in range(args.seeds)]
+    seeds = tqdm(range(args.seeds), unit="run")
+    runs = [train(images, labels, seed, args.steps) for seed in seeds]
     title = f"{args.steps} steps, {args.seeds} seeds"
     print(f"{title:<50}test accuracy   paired gain, ± standard error")
     for row in runs[0]:

