@@ -226,3 +226,8 @@ def best(at=4, **options):
     wanted = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
     scoring = {"compute_metrics": lambda prediction: {"score": next(scores)}}
     return {**saves(2, evaluate=2), **wanted, **scoring, "greater_is_better": True, **options}
+
+
+def facts(trainer, callback):
+    """All that a resume must bring back."""
+    return [weights(trainer.model), callback.get_ema_state(), trainer.optimizer.state_dict()]

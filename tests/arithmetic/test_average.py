@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from measured import peak_allocation
 
 from ema_optim._arithmetic.average import (
     Casts,
@@ -342,16 +343,6 @@ def test_undo_restores_both_sides_after_a_failure_of_any_copy(monkeypatch, nth, 
 def test_the_failures_above_cover_every_copy_of_the_exchange(monkeypatch):
     monkeypatch.setattr(torch, "_foreach_copy_", failing_copy(COPIES, 0.0))
     Exchange(mixed(1), mixed(2)).run()
-
-
-def peak_allocation(function):
-    """The most bytes allocated at one time while the function ran, inside operators too."""
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    steps = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate((size for _, size in steps), initial=0))
 
 
 def large_model(dtype, layout=torch.clone):

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from test_interrupts import Run
+from interrupts import Run
 from torch.optim import SGD
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 

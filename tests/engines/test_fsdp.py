@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
+from measured import peak_allocation
 from ranks import on_ranks
 from sharded import (
     DECAY,
@@ -23,7 +24,6 @@ from sharded import (
     whole_ema,
     whole_weights,
 )
-from test_update import peak_allocation
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor

@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
-from test_lightning import Net, fit, loader, weights
+from lightning_runs import Net, fit, loader, weights
 from torch.optim.lr_scheduler import ExponentialLR
 
 from ema_optim.integrations.lightning import EMAWeights

@@ -3,9 +3,11 @@
 import copy
 
 import pytest
+import runs
 import torch
 import torch.distributed.checkpoint as dcp
 from reference import same, through_file
+from runs import Run, swapped_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -16,52 +18,6 @@ from torch.optim import SGD, AdamW
 from ema_optim import EMAOptimizer, strip_ema_state_dict
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-
-
-class Run:
-    """A small model in training; batches come from a generator of its own."""
-
-    def __init__(self, dtype=torch.float32, seed=0, optimizer=AdamW, ema_dtype=None, **kwargs):
-        torch.manual_seed(seed)
-        self.model = torch.nn.Sequential(
-            torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)
-        ).to(dtype)
-        kwargs = {"decay": 0.25, "dtype": ema_dtype, **kwargs}
-        self.optimizer = EMAOptimizer(optimizer(self.model.parameters(), lr=0.05), **kwargs)
-
-    def train(self, steps, seed=0):
-        batches = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            batch = torch.randn(8, 4, generator=batches).to(next(self.model.parameters()).dtype)
-            self.optimizer.zero_grad()
-            self.model(batch).square().sum().backward()
-            self.optimizer.step()
-        return self
-
-    def save(self):
-        return through_file({"model": self.model.state_dict(), "o": self.optimizer.state_dict()})
-
-    def load(self, saved, model_first=True):
-        loads = [
-            lambda: self.model.load_state_dict(saved["model"]),
-            lambda: self.optimizer.load_state_dict(saved["o"]),
-        ]
-        for load in loads if model_first else reversed(loads):
-            load()
-        return self
-
-    def facts(self):
-        return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict()])
-
-
-def swapped_save(run, entrance="eval"):
-    if entrance == "eval":
-        run.optimizer.eval()
-        saved = run.save()
-        run.optimizer.train()
-        return saved
-    with run.optimizer.swap_ema_weights():
-        return run.save()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -204,7 +160,7 @@ def test_checkpoint_without_ema_starts_the_ema_at_the_loaded_weights():
     again.optimizer.param_groups[0]["ema_decay"] = 0.75
     with pytest.warns(UserWarning, match="holds no EMA") as record:
         again.load(saved)
-    assert record[0].filename == __file__
+    assert record[0].filename == runs.__file__
     again.load(saved)  # the warning comes once
     start = again.model[0].weight.detach().clone()
     again.train(1)

@@ -25,6 +25,7 @@ from trainers import (
     best,
     bf16,
     close,
+    facts,
     fit,
     gpt2,
     llama,
@@ -241,11 +242,6 @@ RESUMED = {
     "plain module": (plain, {}, {}),
     **{name: (unused_bf16, {}, options) for name, options in EMAS.items()},
 }
-
-
-def facts(trainer, callback):
-    """All that a resume must bring back."""
-    return [weights(trainer.model), callback.get_ema_state(), trainer.optimizer.state_dict()]
 
 
 @pytest.mark.filterwarnings("ignore:the EMA still holds")  # large decays tell the clocks apart
@@ -1003,7 +999,8 @@ import os, sys
 sys.path[:0] = sys.argv[1:2]
 import torch
 torch.set_num_threads(1)
-from test_transformers import DECAY, EMACallback, bert, facts, fit, llama, saves
+from trainers import DECAY, fit, llama, saves
+from ema_optim import EMACallback
 
 folder, rank = sys.argv[2], os.environ["RANK"]
 options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False, **saves(4, evaluate=2)}
@@ -1026,7 +1023,7 @@ torch.distributed.destroy_process_group()
 def test_two_processes_train_average_evaluate_and_resume_alike(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    arguments = ["--nproc-per-node=2", tmp_path / "ranks.py", Path(__file__).parent, tmp_path]
+    arguments = ["--nproc-per-node=2", tmp_path / "ranks.py", Path(__file__).parents[1], tmp_path]
     run = subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_on
+from saved_shards import fresh, load, uninterrupted
 from sharded import equal, train, whole_ema, whole_weights
-from test_sharded_checkpoint import fresh, load, uninterrupted
 
-ARCHIVE = Path(__file__).parent / "data" / "version_0.tar.xz"
+ARCHIVE = Path(__file__).parents[1] / "data" / "version_0.tar.xz"
 
 
 def goes_on(world, folder):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from reference import same
-from test_checkpoint import Run, swapped_save
+from runs import Run, swapped_save
 
 from ema_optim import warmup_decay
 from ema_optim._checkpoint.carry import carry

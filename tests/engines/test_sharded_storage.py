@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import on_ranks, run_on
+from saved_shards import OPTIONS, fresh, load, state_of
 from sharded import equal, optimizer_of, outputs, plain_model, sharded_model, train, whole
 from sharded import whole_weights as weights_of
-from test_sharded_checkpoint import OPTIONS, fresh, load, state_of
 
 formats = pytest.mark.parametrize(
     "format", ["float32_compensated", "float24", torch.bfloat16], ids=str

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import Pool, on_ranks, run_on
+from saved_shards import OPTIONS, fresh, load, state_of, uninterrupted
 from sharded import (
     DECAY,
     equal,
@@ -15,7 +16,6 @@ from sharded import (
     mesh_of,
     optimizer_of,
     outputs,
-    plain_model,
     sharded_model,
     train,
     whole_ema,
@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
@@ -34,27 +33,10 @@ from torch.distributed.fsdp import fully_shard
 
 from ema_optim import strip_ema_state_dict
 
-OPTIONS = {
-    "nested": StateDictOptions(),
-    "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
-}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 layouts = pytest.mark.parametrize("layout", OPTIONS)
 # Ranks and way of the run that goes on: fewer, as many in another arrangement, one without FSDP.
 targets = pytest.mark.parametrize("target", [(2, "default"), (4, "hsdp"), (1, None)])
-
-
-def fresh(world, way, dtype):
-    model = plain_model(dtype) if way is None else sharded_model(world, way, dtype)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.mul_(0.5)  # what is not loaded is seen
-    return model, optimizer_of(model)
-
-
-def state_of(model, optimizer, layout):
-    weights, state = get_state_dict(model, optimizer, options=OPTIONS[layout])
-    return {"model": weights, "optimizer": state}
 
 
 def save(world, folder, layout, dtype, swapped):
@@ -65,24 +47,6 @@ def save(world, folder, layout, dtype, swapped):
         optimizer.eval()
         outputs(model)  # leaves the root gathered
     dcp.save(state_of(model, optimizer, layout), checkpoint_id=folder)
-
-
-def load(model, optimizer, folder, layout, planner=None):
-    state = state_of(model, optimizer, layout)
-    dcp.load(state, checkpoint_id=folder, planner=planner)
-    weights, loaded = state["model"], state["optimizer"]
-    options = OPTIONS[layout]
-    set_state_dict(
-        model, optimizer, model_state_dict=weights, optim_state_dict=loaded, options=options
-    )
-    optimizer.train()
-
-
-def uninterrupted(steps, dtype=torch.float32):
-    model = plain_model(dtype)
-    optimizer = optimizer_of(model)
-    train(model, optimizer, range(steps))
-    return whole_weights(model), whole_ema(optimizer, model)
 
 
 def goes_on(world, folder, way, layout, dtype):

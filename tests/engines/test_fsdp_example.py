@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLE = str(Path(__file__).parent.parent / "examples" / "fsdp2.py")
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "fsdp2.py")
 
 
 def launch(folder, ranks, *arguments):

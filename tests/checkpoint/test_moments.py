@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from reference import same, through_file
-from test_checkpoint import Run, swapped_save
+from runs import Run, swapped_save
 from torch.optim import SGD
 
 from ema_optim import EMAOptimizer, debiased_decay, equal_average, power_decay
