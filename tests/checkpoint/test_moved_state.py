@@ -3,22 +3,10 @@
 import pytest
 import torch
 from reference import same
+from steps import param, train
 from torch.optim import SGD, Adam, Optimizer
 
 from ema_optim import EMAOptimizer
-
-
-def param(*shape):
-    return torch.nn.Parameter(torch.randn(shape))
-
-
-def train(optimizer, steps=1):
-    for _ in range(steps):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.randn_like(p)
-        optimizer.step()
-
 
 # How 3D Gaussian splatting and gsplat densify and prune: the old entry is taken, changed, and given
 # to the new parameter.

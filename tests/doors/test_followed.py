@@ -6,26 +6,10 @@ import weakref
 import pytest
 import torch
 from reference import Reference, same
+from steps import ema_of, param, train
 from torch.optim import SGD, AdamW
 
 from ema_optim import EMAModel, EMAOptimizer, equal_average, warmup_decay
-
-
-def param(*shape, **kwargs):
-    return torch.nn.Parameter(torch.randn(shape, **kwargs))
-
-
-def train(optimizer, steps=1):
-    for _ in range(steps):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.requires_grad:
-                    p.grad = torch.randn_like(p)
-        optimizer.step()
-
-
-def ema_of(optimizer, p):
-    return optimizer.state[p]["ema"]
 
 
 def two_groups(decay=0.5, **options):
@@ -151,8 +135,8 @@ def test_clocks_of_groups_survive_a_checkpoint():
         optimizer.param_groups = groups
         optimizer.step()
     *params, again = two_groups(warmup_decay(0.9))
-    for param, value in zip(params, (first, second), strict=True):
-        param.data.copy_(value)
+    for p, value in zip(params, (first, second), strict=True):
+        p.data.copy_(value)
     again.load_state_dict(optimizer.state_dict())
     assert [group["ema_step"] for group in again.param_groups] == [3, 1]
     assert same(again.state_dict(), optimizer.state_dict())

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from reference import Reference, same
+from steps import ema_of, param, train
 from torch.optim import SGD, AdamW
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -34,23 +35,6 @@ class Path(torch.optim.Optimizer):
         self.t += 1
         with torch.no_grad():
             self.param_groups[0]["params"][0].fill_(self.path(self.t))
-
-
-def param(*shape, **kwargs):
-    return torch.nn.Parameter(torch.randn(shape, **kwargs))
-
-
-def train(optimizer, steps=1):
-    for _ in range(steps):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.requires_grad:
-                    p.grad = torch.randn_like(p)
-        optimizer.step()
-
-
-def ema_of(optimizer, p):
-    return optimizer.state[p]["ema"]
 
 
 PATHS = {

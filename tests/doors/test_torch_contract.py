@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import OPTIMIZERS, Problem, optim_db
 from reference import same, through_file
+from steps import train_alike
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -43,13 +44,6 @@ def pair(build):
         params = [torch.randn(3, 2).requires_grad_(), torch.randn(4).requires_grad_()]
         made.append((params, around(build(params))))
     return made
-
-
-def train(params, optimizer, steps=1):
-    for _ in range(steps):
-        for param in params:
-            param.grad = param.detach().sin()
-        optimizer.step()
 
 
 def numbers(optimizer):
@@ -148,8 +142,8 @@ def test_wrong_arguments_raise_what_torch_raises(cls, params, kwargs, row):
 def test_for_class_takes_positional_arguments(cls, args):
     (bare, plain), (wrapped, _) = pair(lambda params: cls(params, *args))
     optimizer = EMAOptimizer.for_class(cls, decay=0.5)(wrapped, *args)
-    train(bare, plain, 3)
-    train(wrapped, optimizer, 3)
+    train_alike(plain, 3)
+    train_alike(optimizer, 3)
     assert same([p.detach() for p in wrapped], [p.detach() for p in bare])
 
 
@@ -188,18 +182,18 @@ def leaf():
 def test_a_group_that_torch_accepts_is_accepted(group):
     ends = []
     for params, optimizer in pair(lambda params: SGD(params, lr=0.1, momentum=0.9)):
-        train(params, optimizer, 2)
+        train_alike(optimizer, 2)
         optimizer.add_param_group(group())
         assert len(optimizer.param_groups) == 2
         members = [*params, *optimizer.param_groups[1]["params"]]
-        train(members, optimizer, 2)
+        train_alike(optimizer, 2)
         if isinstance(optimizer, EMAOptimizer):
             optimizer.load_state_dict(through_file(optimizer.state_dict()))
-            train(members, optimizer, 2)
+            train_alike(optimizer, 2)
             with optimizer.swap_ema_weights(), optimizer.swap_ema_weights(enabled=False):
                 assert optimizer.swapped
         else:
-            train(members, optimizer, 2)
+            train_alike(optimizer, 2)
         ends.append([p.detach().clone() for p in members])
     assert same(*ends)
 
@@ -213,7 +207,7 @@ def test_an_optimizer_without_parameters_does_nothing_until_it_is_given_some():
         assert not optimizer.swapped
     assert optimizer.ema_metrics()["ema_updates"] == 0.0
     optimizer.add_param_group({"params": [param]})
-    train([param], optimizer, 2)
+    train_alike(optimizer, 2)
     assert int(optimizer.state[param]["ema_step"]) == 2
 
 
@@ -236,14 +230,14 @@ def test_a_group_that_torch_refuses_is_refused_and_changes_nothing(group):
     with pytest.raises(type(expected.value)):
         optimizer.add_param_group(group(params))
     assert len(optimizer.param_groups) == 1
-    train(params, optimizer)
+    train_alike(optimizer)
 
 
 def test_named_parameters_keep_their_names_through_groups_and_files():
     model = torch.nn.Linear(2, 2)
     optimizer = wrap(SGD(model.named_parameters(), lr=0.1))
     optimizer.add_param_group({"params": [("late", leaf())]})
-    train([p for g in optimizer.param_groups for p in g["params"]], optimizer)
+    train_alike(optimizer)
     saved = through_file(optimizer.state_dict())
     assert [g["param_names"] for g in saved["param_groups"]] == [["weight", "bias"], ["late"]]
     optimizer.load_state_dict(saved)
@@ -311,7 +305,7 @@ def advance(scheduler, step):
 def schedule(params, optimizer, scheduler, steps, start=0):
     seen = []
     for step in range(start, start + steps):
-        train(params, optimizer)
+        train_alike(optimizer)
         advance(scheduler, step)
         seen.append((numbers(optimizer), [p.detach().clone() for p in params]))
     return seen
@@ -358,20 +352,20 @@ def test_a_resumed_scheduler_goes_on_as_the_uninterrupted_one(make, build):
 
 
 def test_a_scheduler_before_the_first_step_is_warned_of_as_torch_does():
-    _, (params, optimizer) = pair(BUILDS["SGD"])
+    _, (_, optimizer) = pair(BUILDS["SGD"])
     scheduler = lr_scheduler.StepLR(optimizer, 3)
     with pytest.warns(UserWarning, match="how-to-adjust-learning-rate"):
         scheduler.step()
-    train(params, optimizer)
+    train_alike(optimizer)
     scheduler.step()  # warnings are errors
 
 
 def test_a_scheduler_notices_a_step_that_was_overridden():
-    _, (params, optimizer) = pair(BUILDS["SGD"])
+    _, (_, optimizer) = pair(BUILDS["SGD"])
     scheduler = lr_scheduler.StepLR(optimizer, 3)
     step = optimizer.step
     optimizer.step = lambda *args: step(*args)
-    train(params, optimizer)
+    train_alike(optimizer)
     with pytest.warns(UserWarning, match="has been overridden"):
         scheduler.step()
 
@@ -385,9 +379,9 @@ def test_a_scheduler_resumed_without_its_initial_rate_raises_torchs_error():
 def test_optimizer_and_scheduler_go_without_the_garbage_collector():
     gc.disable()
     try:
-        _, (params, optimizer) = pair(BUILDS["SGD"])
+        _, (_, optimizer) = pair(BUILDS["SGD"])
         scheduler = lr_scheduler.LambdaLR(optimizer, float)
-        train(params, optimizer)
+        train_alike(optimizer)
         scheduler.step()
         gone = [weakref.ref(o) for o in (optimizer, optimizer.inner, scheduler, optimizer._ema)]
         del optimizer, scheduler
@@ -469,7 +463,7 @@ def test_a_hook_that_returns_something_else_is_an_error_before_anything_moves():
     optimizer.register_step_pre_hook(lambda o, args, kwargs: args)
     before = copy.deepcopy(params)
     with pytest.raises(RuntimeError, match="must return None or"):
-        train(params, optimizer)
+        train_alike(optimizer)
     assert same(params, before)
 
 
@@ -485,7 +479,7 @@ def test_arguments_of_the_step_reach_the_inner_optimizer_of_a_compiled_one_too(c
 
 
 def test_hooks_run_in_the_documented_order():
-    order, (_, (params, optimizer)) = [], pair(BUILDS["SGD"])
+    order, (_, (_, optimizer)) = [], pair(BUILDS["SGD"])
 
     def note(name):
         return lambda *args: order.append((name, type(args[0]).__name__, steps_averaged()))
@@ -501,7 +495,7 @@ def test_hooks_run_in_the_documented_order():
         register_optimizer_step_pre_hook(note("global pre")),
         register_optimizer_step_post_hook(note("global post")),
     ]
-    train(params, optimizer)
+    train_alike(optimizer)
     [handle.remove() for handle in handles]
     assert order == [
         ("own pre", "EMAOptimizer", 0),
@@ -514,8 +508,8 @@ def test_hooks_run_in_the_documented_order():
 
 
 def test_hooks_of_the_state_dict_run_around_those_of_the_inner_optimizer():
-    order, (_, (params, optimizer)) = [], pair(BUILDS["SGD"])
-    train(params, optimizer)
+    order, (_, (_, optimizer)) = [], pair(BUILDS["SGD"])
+    train_alike(optimizer)
     for name, owner in (("own", optimizer), ("inner", optimizer.inner)):
         for kind in ("state_dict_pre", "state_dict_post"):
             register = getattr(owner, f"register_{kind}_hook")
@@ -533,9 +527,9 @@ def test_hooks_of_the_state_dict_run_around_those_of_the_inner_optimizer():
 
 def test_the_profiler_sees_what_it_sees_of_the_bare_optimizer():
     seen = []
-    for params, optimizer in pair(BUILDS["SGD"]):
+    for _, optimizer in pair(BUILDS["SGD"]):
         with torch.profiler.profile() as profile:
-            train(params, optimizer, 2)
+            train_alike(optimizer, 2)
             optimizer.zero_grad()
         seen.append([e.name for e in profile.events() if e.name.startswith("Optimizer.")])
     assert seen[0] == seen[1]

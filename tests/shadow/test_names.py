@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from reference import same, through_file
+from steps import train_alike
 from torch import nn
 
 from ema_optim import EMAOptimizer, warmup_decay
@@ -34,15 +35,8 @@ def pair(weights=torch.float32, decay=0.1, steps=0, seed=0, **options):
     model = Net().to(weights)
     params = [p for name, p in model.named_parameters() if not name.startswith("other")]
     optimizer = EMAOptimizer(torch.optim.SGD(params, lr=0.1), decay=decay, **options)
-    train(optimizer, steps)
+    train_alike(optimizer, steps)
     return model, optimizer
-
-
-def train(optimizer, steps):
-    for _ in range(steps):
-        for param in optimizer.param_groups[0]["params"]:
-            param.grad = param.detach().sin() if param.requires_grad else None
-        optimizer.step()
 
 
 def weights(model):
@@ -225,7 +219,7 @@ def test_one_prefix_of_all_names_is_no_difference(prefix, strict):
     outer, state = nn.ModuleDict({prefix: model}), random_state(model)
     prefixed = {f"{prefix}.{name}": value for name, value in state.items()}
     for owner, given in [(model, prefixed), (outer, state), (outer, prefixed), (model, state)]:
-        train(optimizer, 1)
+        train_alike(optimizer, 1)
         optimizer.load_ema_state(owner, given, strict)
         assert same(optimizer.get_ema_state(model), state)
 
@@ -294,7 +288,7 @@ def test_names_that_fit_are_loaded_when_not_strict():
     before, loaded = optimizer.get_ema_state(model), {"scale": torch.tensor(7.0)}
     optimizer.load_ema_state(model, {**loaded, "new": torch.ones(1)}, strict=False)
     assert same(optimizer.get_ema_state(model), {**before, **loaded})
-    train(optimizer, 1)
+    train_alike(optimizer, 1)
     for name, old in {**before, **loaded}.items():
         new = torch.lerp(old, weights(model)[name], 0.9)
         assert same(optimizer.get_ema_state(model)[name], new)
@@ -339,7 +333,7 @@ def test_what_is_loaded_is_averaged_into_and_not_seeded_again(steps, after, dtyp
     model, optimizer = pair(weights=dtype, steps=steps, update_after_step=after)
     state = random_state(model)
     optimizer.load_ema_state(model, state)
-    train(optimizer, 1)
+    train_alike(optimizer, 1)
     expected = {n: torch.lerp(v, weights(model)[n].float(), 0.9) for n, v in state.items()}
     assert same(optimizer.get_ema_state(model), expected)
 
@@ -352,7 +346,7 @@ def test_a_load_goes_on_with_the_schedule_of_the_run(look):
     look(optimizer)
     state = random_state(model)
     optimizer.load_ema_state(model, state)
-    train(optimizer, 1)
+    train_alike(optimizer, 1)
     expected = {n: torch.lerp(v, weights(model)[n], 1 - 22 / 31) for n, v in state.items()}
     torch.testing.assert_close(optimizer.get_ema_state(model), expected, rtol=1e-6, atol=1e-7)
 
@@ -377,8 +371,8 @@ def test_what_is_loaded_survives_a_checkpoint():
     other_model, other = pair()
     other.load_state_dict(through_file(optimizer.state_dict()))
     assert same(other.get_ema_state(other_model), state)
-    train(optimizer, 2)
-    train(other, 2)
+    train_alike(optimizer, 2)
+    train_alike(other, 2)
     assert same(everything(other_model, other), everything(model, optimizer))
 
 

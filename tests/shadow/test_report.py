@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from steps import train_alike
 
 from ema_optim import EMAModel, EMAOptimizer, debiased_decay, equal_average, warmup_decay
 
@@ -24,10 +25,7 @@ class Run:
         self.train(steps)
 
     def train(self, steps):
-        for _ in range(steps):
-            for param in self.model.parameters():
-                param.grad = param.detach().sin()
-            self.optimizer.step()
+        train_alike(self.optimizer, steps)
 
     def metrics(self):
         return self.optimizer.ema_metrics()

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from reference import same
+from steps import copies, emas, train
 from torch.optim import SGD
 from torch.profiler import ProfilerActivity, profile
 
@@ -18,23 +19,8 @@ MIB = 2**20
 def trained(dtype=torch.float32, size=(6, 5), steps=3, **kwargs):
     params = [torch.nn.Parameter(torch.randn(size, dtype=dtype)) for _ in range(3)]
     optimizer = EMAOptimizer(SGD(params, lr=0.5), decay=0.1, **kwargs)
-    step(optimizer, steps)
+    train(optimizer, steps)
     return params, optimizer
-
-
-def step(optimizer, steps=1):
-    for _ in range(steps):
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-
-
-def copies(tensors):
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def emas(optimizer):
-    return [optimizer.state[p]["ema"].clone() for p in optimizer.param_groups[0]["params"]]
 
 
 @contextlib.contextmanager
@@ -72,7 +58,7 @@ def test_training_goes_on_after_a_swap_as_if_there_had_been_none(dtype):
             with optimizer.swap_ema_weights():
                 pass
         torch.manual_seed(2)
-        step(optimizer, 3)
+        train(optimizer, 3)
         finals.append((copies(params), optimizer.state_dict()))
     assert same(*finals)
 
@@ -92,7 +78,7 @@ def test_exception_in_the_block_restores():
     with pytest.raises(KeyError), optimizer.swap_ema_weights():
         raise KeyError
     assert same(copies(params), weights)
-    step(optimizer)
+    train(optimizer)
 
 
 class Interrupt(BaseException):
@@ -129,7 +115,7 @@ def test_interrupt_anywhere_in_the_exchange_restores(monkeypatch, dtype, after, 
     assert not optimizer.swapped
     assert same(copies(params), weights)
     assert same(emas(optimizer), averages)
-    step(optimizer)
+    train(optimizer)
 
 
 @pytest.mark.parametrize("name", ["put_in", "swap_in", "put_back", "put_back_for_good"])
@@ -151,7 +137,7 @@ def test_interrupt_between_two_calls_never_lets_a_step_run_on_ema_weights(monkey
     monkeypatch.undo()
     optimizer.train()
     assert same(copies(params), weights)
-    step(optimizer)
+    train(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +196,7 @@ def test_disabled_swap_is_an_ordinary_block():
     weights = copies(params)
     with optimizer.swap_ema_weights(enabled=False):
         assert same(copies(params), weights)
-        step(optimizer)
+        train(optimizer)
 
 
 def test_parameter_without_a_counted_ema_is_left_alone():
@@ -241,7 +227,7 @@ def test_swap_in_inference_mode_is_undone_outside(dtype):
         optimizer.eval()
     optimizer.train()
     assert same(copies(params), weights)
-    step(optimizer)
+    train(optimizer)
 
 
 @pytest.mark.parametrize("cuts", [(slice(0, 6), slice(4, 10)), (slice(0, 10), slice(2, 5))])
@@ -249,7 +235,7 @@ def test_overlapping_parameters_are_restored_bit_for_bit(cuts):
     memory = torch.randn(10)
     params = [torch.nn.Parameter(memory[cut]) for cut in cuts]
     optimizer = EMAOptimizer(SGD(params, lr=0.5, foreach=False), decay=0.1)
-    step(optimizer, 3)
+    train(optimizer, 3)
     weights, averages = memory.clone(), emas(optimizer)
     with optimizer.swap_ema_weights():
         assert torch.equal(params[1], averages[1])
@@ -259,7 +245,7 @@ def test_overlapping_parameters_are_restored_bit_for_bit(cuts):
 
 def test_parameters_that_came_to_share_memory_in_training_are_restored():
     params, optimizer = trained()
-    step(optimizer)
+    train(optimizer)
     with optimizer.swap_ema_weights():
         pass
     params[1].data = params[0].data
@@ -284,7 +270,7 @@ def test_neighbours_in_one_storage_are_exchanged_in_place():
     memory = torch.randn(10)
     params = [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[5:])]
     optimizer = EMAOptimizer(SGD(params, lr=0.5), decay=0.1)
-    step(optimizer, 3)
+    train(optimizer, 3)
     assert "ema_weights" not in optimizer.state[params[0]]
 
 
@@ -298,7 +284,7 @@ def test_apply_ema_is_one_way_and_keeps_the_ema(dtype, entrance):
         assert not optimizer.swapped
     assert all(torch.equal(p, e.to(dtype)) for p, e in zip(params, averages, strict=True))
     assert same(emas(optimizer), averages)
-    step(optimizer)
+    train(optimizer)
 
 
 def test_tied_and_viewed_weights_follow_the_swap():
@@ -307,7 +293,7 @@ def test_tied_and_viewed_weights_follow_the_swap():
     head.weight = table.weight
     view = table.weight.detach()[1:]
     optimizer = EMAOptimizer(SGD(table.parameters(), lr=0.5), decay=0.1)
-    step(optimizer, 3)
+    train(optimizer, 3)
     average = emas(optimizer)[0]
     with optimizer.swap_ema_weights():
         assert torch.equal(head.weight, average)
@@ -343,7 +329,7 @@ def test_scratch_of_a_model_of_many_dtypes_is_bounded():
     dtypes = [torch.float32, torch.float64, torch.complex64, torch.complex128]
     params = [torch.nn.Parameter(torch.randn(MIB, dtype=dtype)) for dtype in dtypes]
     optimizer = EMAOptimizer(SGD(params, lr=0.5, foreach=False), decay=0.1)
-    step(optimizer, 3)
+    train(optimizer, 3)
     assert allocated(optimizer.eval) <= 4.1 * MIB
 
 
