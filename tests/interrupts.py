@@ -1,5 +1,6 @@
-"""Interrupts at any line of the code that swaps."""
+"""Interrupts at any line of the code that swaps, and failures of any of its copies."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ FILES = ("swap.py", "swap_state.py", "exchange.py", "record.py", "optimizer.py",
 
 
 class Interrupt(BaseException):
-    pass
+    """Not an Exception, as a KeyboardInterrupt is none."""
 
 
 class Tracer:
@@ -95,3 +96,20 @@ class Run:
 
     def kept(self, averages):
         return same(self.averages(), averages)
+
+
+def part(tensor, share):
+    return tensor.view(-1)[: int(share * tensor.numel())]
+
+
+def failing_copy(nth, done):
+    """A `_foreach_copy_` whose n-th call fails after copying that share of every tensor."""
+    real, calls = torch._foreach_copy_, itertools.count()
+
+    def copy(targets, sources):
+        if next(calls) != nth:
+            return real(targets, sources)
+        real([part(t, done) for t in targets], [part(s, done) for s in sources])
+        raise Interrupt
+
+    return copy

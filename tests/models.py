@@ -40,7 +40,7 @@ def move(model, steps=1, ema=None, seed=0):
         with torch.no_grad():
             for param in model.parameters():
                 param.add_(torch.randn(param.shape, generator=generator) * param.requires_grad)
-            model(torch.randn(5, 3, generator=generator).to(model.first.weight.dtype))
+            model(torch.randn(5, 3, generator=generator).to(next(model.parameters()).dtype))
         if ema is not None:
             ema.update()
 

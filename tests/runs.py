@@ -41,6 +41,12 @@ class Run:
             load()
         return self
 
+    def weights(self):
+        return {name: param.detach().clone() for name, param in self.model.named_parameters()}
+
+    def ema(self):
+        return self.optimizer.get_ema_state(self.model)
+
     def facts(self):
         return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict()])
 

@@ -1,11 +1,11 @@
 """The arithmetic on lists of tensors against float64, torch.lerp and numpy."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from interrupts import Interrupt, failing_copy
 from measured import peak_allocation
 
 from ema_optim._arithmetic.average import (
@@ -244,27 +244,6 @@ def test_undo_before_run_and_after_a_complete_run_puts_everything_back():
     assert same_bits(lefts + rights, before)
 
 
-def part(tensor, share):
-    return tensor.view(-1)[: int(share * tensor.numel())]
-
-
-class Injected(BaseException):
-    """Not an Exception, as a KeyboardInterrupt is none."""
-
-
-def failing_copy(nth, done):
-    """A `_foreach_copy_` whose n-th call fails after copying that share of every tensor."""
-    real, calls = torch._foreach_copy_, itertools.count()
-
-    def copy(targets, sources):
-        if next(calls) != nth:
-            return real(targets, sources)
-        real([part(t, done) for t in targets], [part(s, done) for s in sources])
-        raise Injected
-
-    return copy
-
-
 def large(seed, dtype):
     """Two pieces and a half of a scratch buffer, NaN and infinity among them."""
     random = torch.Generator().manual_seed(seed)
@@ -334,7 +313,7 @@ def test_undo_restores_both_sides_after_a_failure_of_any_copy(monkeypatch, nth, 
     exchange = Exchange(lefts, rights)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_foreach_copy_", failing_copy(nth, done))
-        with pytest.raises(Injected):
+        with pytest.raises(Interrupt):
             exchange.run()
     exchange.undo()
     assert same_bits(lefts + rights, before)

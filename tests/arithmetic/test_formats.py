@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from measured import peak_allocation
 
 from ema_optim._arithmetic.average import ema_update_
 from ema_optim._arithmetic.formats import FORMATS, format_of
@@ -367,15 +368,6 @@ def test_bytes_of_a_weight(name, count):
     parts = stored(name, [torch.zeros(10, 10)])
     assert sum(t.nbytes for part in parts for t in part) == count * 100
     assert all(t.shape == (10, 10) and t.layout == torch.strided for part in parts for t in part)
-
-
-def peak_allocation(function):
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    steps = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate((size for _, size in steps), initial=0))
 
 
 @each_format

@@ -1,8 +1,7 @@
 """Inner optimizers whose own state dict has another form than torch's."""
 
-import copy
-
 import pytest
+import runs
 import torch
 from reference import same, through_file
 from torch.optim import SGD, AdamW, Optimizer
@@ -49,46 +48,27 @@ def peer(name):
     return getattr(module, name)
 
 
-def two(model):
-    first, *others = model.parameters()
-    return AdamW([first], lr=0.1), SGD(others, lr=0.1, momentum=0.9)
+def two(params, lr=0.1):
+    first, *others = params
+    return AdamW([first], lr=lr), SGD(others, lr=lr, momentum=0.9)
 
 
 INNERS = {
-    "chain": lambda model: Chain(*two(model)),
-    "offloaded": lambda model: Offloaded(*two(model)),
-    "Lookahead": lambda model: peer("Lookahead")(AdamW(model.parameters(), lr=0.1), k=2),
-    "ScheduleFreeWrapper": lambda model: peer("ScheduleFreeWrapper")(
-        SGD(model.parameters(), lr=0.1)
-    ),
+    "chain": lambda params, lr: Chain(*two(params, lr)),
+    "offloaded": lambda params, lr: Offloaded(*two(params, lr)),
+    "Lookahead": lambda params, lr: peer("Lookahead")(AdamW(params, lr=lr), k=2),
+    "ScheduleFreeWrapper": lambda params, lr: peer("ScheduleFreeWrapper")(SGD(params, lr=lr)),
 }
 inners = pytest.mark.parametrize("name", INNERS)
 
 
-class Run:
+class Run(runs.Run):
     def __init__(self, name, seed=0):
-        torch.manual_seed(seed)
-        self.model = torch.nn.Linear(3, 2)
-        self.optimizer = EMAOptimizer(INNERS[name](self.model), 0.25)
+        super().__init__(seed=seed, optimizer=INNERS[name])
 
     def train(self, steps=3):
         self.optimizer.train()
-        for step in range(steps):
-            self.optimizer.zero_grad()
-            self.model(torch.ones(1, 3) * (step + 1)).square().sum().backward()
-            self.optimizer.step()
-        return self
-
-    def save(self):
-        return through_file([self.model.state_dict(), self.optimizer.state_dict()])
-
-    def load(self, saved):
-        self.model.load_state_dict(saved[0])
-        self.optimizer.load_state_dict(saved[1])
-        return self
-
-    def facts(self):
-        return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict()])
+        return super().train(steps)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -105,29 +85,20 @@ def test_resume_of_another_form_equals_uninterrupted(name, swapped):
 @inners
 def test_stripped_it_is_what_the_inner_alone_has_written(name):
     bare = Run(name)
-    bare.optimizer = INNERS[name](bare.model)
-    getattr(bare.optimizer, "train", lambda: None)()
-    torch.manual_seed(0)
+    bare.optimizer = INNERS[name](bare.model.parameters(), lr=0.05)
+    bare.optimizer.train = getattr(bare.optimizer, "train", lambda: None)
+    bare.train()
     run = Run(name).train()
-    Run.train.__get__(Stand(bare))()
-    stripped = strip_ema_state_dict(run.save()[1])
+    stripped = strip_ema_state_dict(run.save()["o"])
     assert same(stripped, through_file(bare.optimizer.state_dict()))
-    INNERS[name](bare.model).load_state_dict(stripped)
-
-
-class Stand:
-    """A run with a bare optimizer."""
-
-    def __init__(self, run):
-        self.model, self.optimizer = run.model, run.optimizer
-        self.optimizer.train = getattr(self.optimizer, "train", lambda: None)
+    INNERS[name](bare.model.parameters(), lr=0.05).load_state_dict(stripped)
 
 
 @inners
 def test_checkpoint_of_the_inner_alone_begins_anew_with_a_warning(name):
     run = Run(name).train()
     with pytest.warns(UserWarning, match="holds no EMA"):
-        Run(name, seed=9).optimizer.load_state_dict(strip_ema_state_dict(run.save()[1]))
+        Run(name, seed=9).optimizer.load_state_dict(strip_ema_state_dict(run.save()["o"]))
 
 
 def test_options_of_a_group_are_saved_beside_another_form():
@@ -141,7 +112,7 @@ def test_swapped_checkpoint_of_another_form_is_not_stripped():
     run = Run("chain").train()
     run.optimizer.eval()
     with pytest.raises(ValueError, match="must not be written while swapped"):
-        strip_ema_state_dict(run.save()[1])
+        strip_ema_state_dict(run.save()["o"])
 
 
 class Copies(Chain):
@@ -158,4 +129,4 @@ class NoGroups(Chain):
 )
 def test_what_cannot_be_served_says_so_at_construction(kind, message):
     with pytest.raises(TypeError, match=message):
-        EMAOptimizer(kind(*two(torch.nn.Linear(3, 2))))
+        EMAOptimizer(kind(*two(torch.nn.Linear(3, 2).parameters())))

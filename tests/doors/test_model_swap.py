@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from interrupts import Interrupt, failing_copy
 from models import averages, each_dtype, everything, move, trained, values
 from reference import same
 from torch import nn
@@ -46,28 +47,13 @@ def test_use_ema_puts_the_weights_back_after_an_exception(dtype, use_buffers, er
     assert same(everything(model, ema), before)
 
 
-class Injected(BaseException):
-    """Not an Exception, as a KeyboardInterrupt is none."""
-
-
-def failing_copy(nth):
-    real, calls = torch._foreach_copy_, itertools.count()
-
-    def copy(targets, sources):
-        real(targets, sources)
-        if next(calls) == nth:
-            raise Injected
-
-    return copy
-
-
 def fails_in_use_ema(ema, monkeypatch, nth):
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "_foreach_copy_", failing_copy(nth))
+        patch.setattr(torch, "_foreach_copy_", failing_copy(nth, 1.0))
         try:
             with ema.use_ema():
                 pass
-        except Injected:
+        except Interrupt:
             return True
     return False
 
@@ -87,12 +73,12 @@ def test_use_ema_loses_nothing_whichever_copy_fails(monkeypatch, dtype):
 
 def test_use_ema_puts_the_weights_back_although_a_buffer_cannot_be(monkeypatch):
     def fail(held):
-        raise Injected
+        raise Interrupt
 
     model, ema = trained()
     before = values(model)["first.weight"]
     monkeypatch.setattr(HeldBuffers, "put_back", fail)
-    with pytest.raises(Injected), ema.use_ema():
+    with pytest.raises(Interrupt), ema.use_ema():
         pass
     assert not ema.swapped
     assert torch.equal(model.first.weight, before)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from models import move
 from reference import same, through_file
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -40,20 +41,10 @@ class Net(nn.Module):
         return self.last(self.norm(batch)) @ self.mask.exp()
 
 
-def move(model, ema, steps=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        model(torch.randn(5, 3, generator=generator))
-        with torch.no_grad():
-            for param in model.parameters():
-                param.add_(torch.randn(param.shape, generator=generator))
-        ema.update()
-
-
 def trained(use_buffers, steps=4, model=None):
     model = Net() if model is None else model
     ema = EMAModel(model, 0.5, use_buffers=use_buffers)
-    move(model, ema, steps)
+    move(model, steps, ema)
     return model, ema
 
 
@@ -116,7 +107,7 @@ def test_a_named_buffer_is_averaged_as_the_formula_says():
     model = Net()
     ema, expected = EMAModel(model, 0.5, use_buffers=["expert_*"]), model.expert_bias.clone()
     for step in range(4):
-        move(model, ema, 1, seed=step)
+        move(model, 1, ema, seed=step)
         expected = torch.lerp(expected, model.expert_bias, 0.5)
     assert torch.equal(ema.get_ema_state()["expert_bias"], expected)
 
@@ -170,7 +161,7 @@ def test_a_running_statistic_of_another_shape_begins_anew(resize):
 def test_a_running_statistic_that_is_not_finite_does_not_stop_the_run():
     model, ema = trained(True)
     model.norm.running_var.fill_(torch.inf)
-    move(model, ema)
+    move(model, 4, ema)
     with pytest.warns(UserWarning, match="1 of 6 EMA tensors hold NaN or infinite values"):
         assert not ema.get_ema_state()["norm.running_var"].isfinite().any()
 
@@ -221,8 +212,8 @@ def test_a_temporary_buffer_is_in_no_checkpoint(patterns):
     resumed_model.load_state_dict(model.state_dict())
     resumed = EMAModel(resumed_model, 0.5, use_buffers=patterns)
     resumed.load_state_dict(saved)
-    move(model, ema, seed=1)
-    move(resumed_model, resumed, seed=1)
+    move(model, 4, ema, seed=1)
+    move(resumed_model, 4, resumed, seed=1)
     assert same(resumed.state_dict(), ema.state_dict())
 
 

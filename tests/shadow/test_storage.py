@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import runs
 import torch
 from reference import Reference, same, through_file, wide
 from torch import nn
@@ -24,7 +25,7 @@ pytestmark = [
 ]
 
 
-class Run:
+class Run(runs.Run):
     def __init__(self, format=None, dtype=torch.float32, seed=0, wrap=True, **options):
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
@@ -42,12 +43,6 @@ class Run:
             self.optimizer.step()
             on_step()
         return self
-
-    def weights(self):
-        return {name: param.detach().clone() for name, param in self.model.named_parameters()}
-
-    def ema(self):
-        return self.optimizer.get_ema_state(self.model)
 
     def kept(self):
         """Every bit of the EMA."""

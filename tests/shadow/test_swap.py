@@ -4,10 +4,11 @@ import contextlib
 
 import pytest
 import torch
+from interrupts import Interrupt
+from measured import peak_allocation
 from reference import same
 from steps import copies, emas, train
 from torch.optim import SGD
-from torch.profiler import ProfilerActivity, profile
 
 from ema_optim import EMAOptimizer
 from ema_optim._shadow import swap as swapping
@@ -79,10 +80,6 @@ def test_exception_in_the_block_restores():
         raise KeyError
     assert same(copies(params), weights)
     train(optimizer)
-
-
-class Interrupt(BaseException):
-    pass
 
 
 class Broken:
@@ -300,18 +297,6 @@ def test_tied_and_viewed_weights_follow_the_swap():
         assert torch.equal(view, average[1:])
 
 
-def allocated(function):
-    """Bytes of the largest allocation and of all that were alive at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize(
     ("dtype", "update", "swap"),
     [(torch.float32, 0.1, 4), (torch.bfloat16, 4, 24 + 4), (torch.float64, 0.1, 4)],
@@ -320,9 +305,9 @@ def allocated(function):
 def test_extra_memory_of_update_and_swap_is_bounded(dtype, update, swap):
     _, optimizer = trained(dtype, size=(4, 1024, 1024))  # 12 Mi weights
     optimizer.inner.step = lambda: None
-    assert allocated(optimizer.step) <= update * MIB
-    assert allocated(optimizer.eval) <= swap * MIB
-    assert allocated(optimizer.train) <= 4 * MIB
+    assert peak_allocation(optimizer.step) <= update * MIB
+    assert peak_allocation(optimizer.eval) <= swap * MIB
+    assert peak_allocation(optimizer.train) <= 4 * MIB
 
 
 def test_scratch_of_a_model_of_many_dtypes_is_bounded():
@@ -330,7 +315,7 @@ def test_scratch_of_a_model_of_many_dtypes_is_bounded():
     params = [torch.nn.Parameter(torch.randn(MIB, dtype=dtype)) for dtype in dtypes]
     optimizer = EMAOptimizer(SGD(params, lr=0.5, foreach=False), decay=0.1)
     train(optimizer, 3)
-    assert allocated(optimizer.eval) <= 4.1 * MIB
+    assert peak_allocation(optimizer.eval) <= 4.1 * MIB
 
 
 def test_group_disabled_while_it_has_an_ema_is_neither_swapped_nor_exported():
@@ -342,5 +327,5 @@ def test_group_disabled_while_it_has_an_ema_is_neither_swapped_nor_exported():
     assert same(copies(params), weights)
 
 
-def test_the_memory_probe_sees_what_is_allocated():
-    assert 4 * MIB <= allocated(lambda: torch.empty(MIB).fill_(0.0)) < 5 * MIB
+def test_the_memory_probe_sees_what_is_peak_allocation():
+    assert 4 * MIB <= peak_allocation(lambda: torch.empty(MIB).fill_(0.0)) < 5 * MIB
