@@ -327,5 +327,5 @@ def test_group_disabled_while_it_has_an_ema_is_neither_swapped_nor_exported():
     assert same(copies(params), weights)
 
 
-def test_the_memory_probe_sees_what_is_peak_allocation():
+def test_the_memory_probe_sees_what_is_allocated():
     assert 4 * MIB <= peak_allocation(lambda: torch.empty(MIB).fill_(0.0)) < 5 * MIB
