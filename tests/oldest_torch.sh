@@ -10,6 +10,7 @@ python3 -m venv "$folder"
 "$folder/bin/pip" install --quiet "torch==$oldest.*" numpy "pytest==9.*" "expecttest==0.3.*" "schedulefree==1.4.*"
 "$folder/bin/python" -c 'import platform, torch; print("torch", torch.__version__, "Python", platform.python_version())'
 OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q -p no:cacheprovider \
-    tests/test_{buffers,carry,checkpoint,followed,formats,kill,memory,model,moved_state,movement,names}.py \
-    tests/test_{non_interference,optimizer,report,rounding,schedules,state,storage,strip,swap}.py \
-    tests/test_{torch_contract,update}.py
+    tests/arithmetic tests/checkpoint/test_{carry,checkpoint,kill,moved_state,state,strip}.py \
+    tests/doors/test_{followed,model,model_checkpoint,model_swap,non_interference}.py \
+    tests/doors/test_{optimizer,parameters,schedules,torch_contract}.py \
+    tests/shadow/test_{buffers,memory,movement,names,report,storage,swap}.py

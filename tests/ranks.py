@@ -6,7 +6,7 @@ number of ranks and serve all tests; a rank that fails or hangs ends them.
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -83,7 +83,7 @@ class Pool:
         if not self.processes:
             self.start()
         for pipe in self.pipes:
-            pipe.send((Path(inspect.getfile(body)).stem, body.__name__, arguments))
+            pipe.send((inspect.getfile(body), body.__name__, arguments))
         failures = self.failures()
         if failures:
             self.stop()
@@ -115,6 +115,16 @@ def answer(pipe):
         return "the process has died"
 
 
+def module_of(file):
+    """The module of a file, under its own name, as the other files import it."""
+    name = Path(file).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def serve(rank, world, store, pipe):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "the EMA still holds|an EMA in bfloat16")  # short runs
@@ -125,10 +135,10 @@ def serve(rank, world, store, pipe):
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     with contextlib.suppress(EOFError):  # the tests have ended
         while True:
-            module, name, arguments = pipe.recv()
+            file, name, arguments = pipe.recv()
             try:
                 torch.manual_seed(0)
-                found = getattr(importlib.import_module(module), name)
+                found = getattr(module_of(file), name)
                 body = getattr(found, "body", found)
                 given = {"world": world} if "world" in inspect.signature(body).parameters else {}
                 body(**given, **arguments)

@@ -1,11 +1,14 @@
 """What the tests of the ``Trainer`` share: tiny models built from a config, runs, a witness."""
 
 import itertools
+import subprocess
+import sys
 
 import peft
 import torch
 import transformers
 from reference import Reference, same, wide
+from torch.optim import AdamW
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -17,6 +20,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+from ema_optim import EMAOptimizer
 
 DECAY = 0.1  # after one update no more than a tenth of the initial weights is left
 STEPS = 8
@@ -226,3 +231,48 @@ def best(at=4, **options):
     wanted = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
     scoring = {"compute_metrics": lambda prediction: {"score": next(scores)}}
     return {**saves(2, evaluate=2), **wanted, **scoring, "greater_is_better": True, **options}
+
+
+def facts(trainer, callback):
+    """All that a resume must bring back."""
+    return [weights(trainer.model), callback.get_ema_state(), trainer.optimizer.state_dict()]
+
+
+OVERFLOW = {"init_scale": 2.0**10, "growth_interval": 2, "growth_factor": 2.0**115}
+FP16 = {"scaler": {**OVERFLOW, "backoff_factor": 2.0**-115}, "max_grad_norm": 0.0}
+
+
+def numbers(trainer):
+    """What the training logged, without the times."""
+    keys = ("step", "loss", "grad_norm", "learning_rate")
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{k: repr(entry[k]) for k in keys} for entry in entries]  # NaN equals NaN this way
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4
+
+
+LOADERS = {
+    llama: lambda folder: LlamaForCausalLM.from_pretrained(folder),
+    untied: lambda folder: LlamaForCausalLM.from_pretrained(folder),
+    bf16: lambda folder: LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+    bert: lambda folder: BertForMaskedLM.from_pretrained(folder),
+    lora: lambda folder: peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True),
+}
+
+
+def run_python(code, *arguments, **options):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+DOORS = {
+    "optimizers": lambda model: {
+        "optimizers": (EMAOptimizer(AdamW(trainable(model), lr=1e-2), decay=DECAY), None)
+    },
+    "class": lambda model: {
+        "optimizer_cls_and_kwargs": (EMAOptimizer.for_class(AdamW, decay=DECAY), {"lr": 1e-2})
+    },
+}
