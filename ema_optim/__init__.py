@@ -3,6 +3,7 @@
 from typing import Any
 
 from ._checkpoint.strip import strip_ema_state_dict
+from ._shadow.blocks import swap_ema_weights
 from ._version import __version__ as __version__
 from .model import EMAModel
 from .optimizer import EMAOptimizer
@@ -37,6 +38,7 @@ __all__ = [
     "samples_half_life_decay",
     "sigma_rel_from_gamma",
     "strip_ema_state_dict",
+    "swap_ema_weights",
     "warmup_decay",
 ]
 

@@ -1,15 +1,16 @@
 """``EMAModel``: the EMA of a model's weights, for loops that keep their optimizer as it is."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._arithmetic.formats import EMADtype
 from ._checkpoint import layout, read
 from ._engines import adapters
-from ._shadow import names, report, swap
+from ._shadow import mistakes, names, report, swap, teacher
+from ._shadow.blocks import as_block
 from ._shadow.buffers import HeldBuffers, Wanted
 from ._shadow.model_groups import ModelGroups
 from ._shadow.movement import Movement
@@ -74,8 +75,7 @@ class EMAModel:
         update_after_step: int = 0,
         dtype: EMADtype = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model)}")
+        mistakes.check_model(model)
         self.model = model
         self._source = ModelGroups(model, use_buffers)
         self._ema = ShadowSet(
@@ -83,6 +83,41 @@ class EMAModel:
         )
         self._movement = Movement()
         self.reset()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the model with the EMA weights: a live teacher, the model untouched.
+
+        Right at any time: before and after the student's forward, under ``autocast`` and
+        ``no_grad``. No weight is copied where EMA and weights have one dtype; for narrower weights
+        the EMA is cast for the time of the call. Train or eval mode is the model's own, and its
+        hooks run; buffers are its own too (averaged where ``use_buffers`` says so), and what the
+        forward does to them is forgotten. No gradient reaches the weights. With activation
+        checkpointing call it under ``no_grad``: a backward recomputes at the training weights.
+        A model in a data-parallel wrapper is called without it; a compiled one is compiled once
+        more. Inside ``use_ema()`` it is the model's own forward.
+
+        Args:
+            *args: What the model takes.
+            **kwargs: What the model takes, by name.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            RuntimeError: The EMA is in a narrow storage format or on another device; the weights
+                are sharded (FSDP2), quantized, or hold merged LoRA adapters.
+        """
+        swap.recover(self._ema)
+        if self._ema.mode is not Mode.TRAIN:
+            return self.model(*args, **kwargs)
+        adapters.refuse_merged(self.model)
+        self._source.look(self._ema)
+        return teacher.forward(self._ema, self.model, args, kwargs)
+
+    @property
+    def decay(self) -> Decay:
+        """The decay, as given at construction: a float or a schedule."""
+        return self._ema.decay
 
     @property
     def use_buffers(self) -> Wanted:
@@ -127,7 +162,7 @@ class EMAModel:
                 "(nor after a step that a GradScaler has skipped)",
             )
 
-    @contextmanager
+    @as_block
     def use_ema(self, enabled: bool = True) -> Iterator[None]:
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
@@ -182,17 +217,44 @@ class EMAModel:
         report.warn_export(self._ema)
         swap.apply(self._ema)
 
-    def get_ema_state(self) -> dict[str, Tensor]:
+    def get_ema_state(
+        self, *, device: torch.device | str | None = None, copy: bool = True
+    ) -> dict[str, Tensor]:
         """The EMA weights by name, without touching the model; right at any time.
+
+        Args:
+            device: Where the copies are to be; they are moved one by one.
+            copy: As ``EMAOptimizer.get_ema_state`` takes it.
 
         Returns:
             Fresh copies in the EMA's dtype, one for each averaged parameter (and each averaged
             buffer), ready for ``model.load_state_dict(strict=False)`` and for safetensors.
         """
+        if not copy:
+            self._refuse_in_block("get_ema_state(copy=False)")
         swap.recover(self._ema)
         self._source.look(self._ema)
+        if not copy:
+            return teacher.live_state(self._ema, self.model, device)
         report.warn_export(self._ema)
-        return names.ema_state(self._ema, self.model)
+        return names.ema_state(self._ema, self.model, device)
+
+    def load_ema_state(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Make ``state`` the EMA, without touching the model; the next update averages into it.
+
+        Args:
+            state: As ``get_ema_state`` returns it; one prefix of all names (``module.``,
+                ``model.``), there or in the model, is no difference.
+            strict: Whether the names must be exactly those of what is averaged.
+
+        Raises:
+            KeyError: Names are missing or unknown.
+            ValueError: A tensor has another shape than its parameter, or lies on another mesh.
+            RuntimeError: Inside ``use_ema()``.
+        """
+        self._refuse_in_block("load_ema_state()")
+        self._source.look(self._ema)
+        names.load_ema_state(self._ema, self.model, state, strict)
 
     def ema_metrics(self) -> dict[str, float]:
         """The health of the EMA; keys and meaning as ``EMAOptimizer.ema_metrics()``."""
@@ -232,6 +294,15 @@ class EMAModel:
         pairs = zip(state_dict["param_groups"], named, strict=False)  # buffers may be left out
         saved = {**state_dict, "param_groups": [{**old, **new} for old, new in pairs]}
         read.read(self._ema, saved).install(self._ema)
+
+    def __repr__(self) -> str:
+        """Settings, whether swapped, and what model it is of."""
+        ema, count = self._ema, sum(map(Tensor.numel, self._ema.members()))
+        return (
+            f"EMAModel (decay={ema.decay}, update_every={ema.update_every}, "
+            f"update_after_step={ema.update_after_step}, use_buffers={self.use_buffers}, "
+            f"swapped={self.swapped}) of {type(self.model).__name__}, {count:,} averaged numbers"
+        )
 
     def _averaged(self, group: Group) -> list[str]:
         pairs = zip(group["params"], group["param_names"], strict=True)

@@ -8,7 +8,7 @@ and this class forwards to both. It composes and does not share: torch replaces 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from ._arithmetic.formats import EMADtype
 from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
 from ._forwarding import ForwardingOptimizer, call_if_there, forwarding_class, inner_step
-from ._shadow import names, pending, report, swap
+from ._shadow import names, pending, report, swap, teacher
+from ._shadow.blocks import as_block
 from ._shadow.compiled import CompiledStep
 from ._shadow.options import check_groups, check_new_group, check_wrappable
 from ._shadow.shadow_set import ShadowSet
@@ -144,11 +145,16 @@ class EMAOptimizer(ForwardingOptimizer):
         return result
 
     @property
+    def decay(self) -> Decay:
+        """The decay, as given at construction: a float or a schedule."""
+        return self._ema.decay
+
+    @property
     def swapped(self) -> bool:
         """Whether the EMA weights are in the parameters now."""
         return bool(self._ema.swapped)
 
-    @contextmanager
+    @as_block
     def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
@@ -288,7 +294,13 @@ class EMAOptimizer(ForwardingOptimizer):
         self._ema.clear()
         self._ema.mark()
 
-    def get_ema_state(self, model: nn.Module) -> dict[str, Tensor]:
+    def get_ema_state(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        copy: bool = True,
+    ) -> dict[str, Tensor]:
         """The EMA weights by parameter name, without touching the live weights.
 
         Right at any time, also inside a swap. Ready for ``model.load_state_dict(strict=False)``
@@ -298,6 +310,12 @@ class EMAOptimizer(ForwardingOptimizer):
             model: The model that owns the parameters. Wrapped by ``torch.compile`` or a
                 data-parallel class, in whole or in parts, the names are still the bare model's:
                 load them there.
+            device: Where the copies are to be; they are moved one by one. Default None: where the
+                EMA is.
+            copy: False hands out the EMA tensors themselves, to be read and not written: a live
+                teacher, ``torch.func.functional_call(model, state, (x,))``. They are the EMA until
+                the next swap or load. (Torch's ``functional_call`` in train mode moves the model's
+                running statistics; the call of an ``EMAModel`` does not.)
 
         Returns:
             Fresh copies in the EMA's dtype (of a storage format in fp32), one for each unique
@@ -305,11 +323,17 @@ class EMAOptimizer(ForwardingOptimizer):
 
         Raises:
             ValueError: The model has no parameter of this optimizer.
+            RuntimeError: ``copy=False`` while the EMA weights are swapped in, or of an EMA in a
+                narrow storage format, of sharded or quantized weights, or on another device.
         """
+        if not copy:
+            swap.get_ready(self._ema)
+            swap.refuse_swapped(self._ema, "get_ema_state(copy=False)")
+            return teacher.live_state(self._ema, model, device)
         swap.recover(self._ema)
         pending.check_model(self._ema)  # what the EMA is of may be in the model's file
         report.warn_export(self._ema)
-        return names.ema_state(self._ema, model)
+        return names.ema_state(self._ema, model, device)
 
     def load_ema_state(
         self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True

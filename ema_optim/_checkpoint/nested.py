@@ -77,6 +77,8 @@ def parts(state_dict: Any, inner: Optimizer, groups: Sequence[Group]) -> tuple[A
         check_form(state_dict["ema"])
         return state_dict["inner"], state_dict["ema"]
     if (known and "state" in state_dict) or is_torch_form(inner.state_dict(), groups):
+        if not known:
+            check_form(state_dict)
         return None, state_dict
     return state_dict, bare(groups)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._arithmetic.formats import FORMATS, format_of
 from .._engines.quantized import copy_like
 from .._shadow.holdings import no_autograd
+from .._shadow.mistakes import for_checkpoint
 from .._shadow.options import Options, check_low, check_options, check_tensor, format_name
 from .._shadow.pending import Held, held
 from .._shadow.shadow_set import ShadowSet
@@ -103,7 +104,7 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
     if not whole or not all(isinstance(g, Mapping) and "params" in g for g in groups or ()):
         raise ValueError(
             "state_dict must have 'state' and 'param_groups' as an optimizer's has, got "
-            f"{sorted(map(str, parts))[:5] or type(state_dict)}: it is no optimizer's checkpoint"
+            f"{for_checkpoint(state_dict)}"
         )
 
 

@@ -1,12 +1,14 @@
 """EMA weights by parameter name: what ``get_ema_state`` and ``load_ema_state`` exchange."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._engines.sharding import local, reshard_model
 from .holdings import no_autograd
+from .mistakes import check_by_name, check_model
 from .options import Options, check_tensor, whole_format
 from .shadow_set import ShadowSet
 from .slots import Group, Slot, stored
@@ -47,18 +49,27 @@ def group_names(groups: Sequence[Group], model: nn.Module) -> list[list[str]]:
     return [[first.get(param, "") for param in group["params"]] for group in groups]
 
 
-def ema_state(shadow: ShadowSet, model: nn.Module) -> dict[str, Tensor]:
+def ema_state(
+    shadow: ShadowSet, model: nn.Module, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
     """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
+    with no_autograd():  # one after the other: a device need not hold all of them
+        return {
+            name: _whole(shadow, tensor).to(device)
+            for tensor, name in unique_members(shadow, model).items()
+        }
+
+
+def unique_members(shadow: ShadowSet, model: nn.Module) -> dict[Tensor, str]:
+    """The first name in the model of every tensor that has, or will have, an EMA."""
     members = set(shadow.members())
-    names = {n: t for n, t in _named_tensors(model).items() if t in members}
-    with no_autograd():
-        state = {name: _whole(shadow, tensor) for tensor, name in unique(names).items()}
-    if members and not state:
+    found = unique({n: t for n, t in _named_tensors(model).items() if t in members})
+    if members and not found:
         raise ValueError(
             "the model must own parameters of this optimizer, got a model that has none of its "
             f"{len(members)}: pass the model whose parameters are trained"
         )
-    return state
+    return found
 
 
 def load_ema_state(
@@ -68,6 +79,7 @@ def load_ema_state(
     strict: bool,
 ) -> None:
     """Make ``state`` the EMA; everything is checked before anything changes."""
+    check_by_name(state)
     named = _named_tensors(model)
     members = set(shadow.members())
     found = _by_known_names(state, named)
@@ -89,6 +101,7 @@ def load_ema_state(
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    check_model(model)
     return {**named_buffers(model), **named_parameters(model)}
 
 
@@ -153,11 +166,28 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def callee(model: nn.Module) -> nn.Module:
+    """What runs the bare forward: below any data-parallel wrapper, compiled as it is there."""
+    inner, called = model, model
+    while (within := _within(inner)) is not None:
+        if not _is_compiled(inner):
+            called = within
+        inner = within
+    return called
+
+
 def _unwrap(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+    while (within := _within(model)) is not None:
+        model = within
+    return model
+
+
+def _within(model: nn.Module) -> nn.Module | None:
+    within: Any = getattr(model, "_orig_mod", None) if _is_compiled(model) else None
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        within = model.module
+    return within  # type: ignore[no-any-return]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "_orig_mod", None), nn.Module)

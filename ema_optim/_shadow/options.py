@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from .._arithmetic.formats import FORMATS, EMADtype, Format, format_of
 from .._engines.sharding import check_layout, refuse_flat
 from ..schedules import Decay, check_decay
+from .mistakes import for_optimizer
 from .slots import Group
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -164,7 +165,8 @@ def check_wrappable(optimizer: Optimizer, wrapper: type[Optimizer]) -> None:
             "or use EMAOptimizer.for_class"
         )
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
+        remedy = for_optimizer(optimizer)
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}{remedy}")
     if isinstance(optimizer, wrapper):
         raise TypeError("optimizer must not be an EMAOptimizer already, got one: use that one")
 

@@ -318,14 +318,18 @@ class ShadowSet(Holdings):
         slot.counter.steps = self.step if steps is None else steps
         return slot
 
+    def waits(self, slot: Slot) -> bool:
+        """Whether a slot holds no average yet, and will be seeded from the weights once more."""
+        waits = self.sees_steps or slot.counter.steps < self.update_after_step
+        return waits and not slot.updates
+
     def renew_placeholders(self) -> None:
         """Have placeholders hold the weights of this moment, as a checkpoint is to show them.
 
         In new tensors: the old one may be the template that a distributed load has written into.
         """
         for param, slot in self.slots.items():
-            waits = self.sees_steps or slot.counter.steps < self.update_after_step
-            if waits and not slot.updates:
+            if self.waits(slot):
                 with no_autograd():
                     slot.ema, slot.low = stored(param, param, slot.format)
                 self._lanes.clear()
