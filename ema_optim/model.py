@@ -13,6 +13,7 @@ from ._shadow import names, report, swap
 from ._shadow.buffers import HeldBuffers, Wanted
 from ._shadow.model_groups import ModelGroups
 from ._shadow.movement import Movement
+from ._shadow.options import warn_of_tau
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
 from ._shadow.swap_state import Mode
@@ -84,6 +85,7 @@ class EMAModel:
         )
         self._movement = Movement()
         self.reset()
+        warn_of_tau(decay)
 
     @property
     def use_buffers(self) -> Wanted:

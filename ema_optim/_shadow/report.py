@@ -9,6 +9,7 @@ from .._arithmetic.average import non_finite, relative_distance, squared_norms
 from .._engines.quantized import apart, dense
 from .._engines.sharding import by_spread, local, locals_of, sum_over_ranks
 from .._warnings import warn
+from ..schedules import compute_optimal_decay, initial_share
 from .holdings import no_autograd
 from .shadow_set import ShadowSet
 from .slots import Slot
@@ -71,6 +72,32 @@ def warn_young(shadow: ShadowSet, kind: str) -> None:
         _warn_share(shadow, kind, worst)
 
 
+def warn_of_run(shadow: ShadowSet, steps: float) -> None:
+    """Warn, when a training begins, of an EMA that will be much of the initial weights at its end.
+
+    Args:
+        shadow: The shadow set.
+        steps: Optimizer steps that are still to be made; infinite where nobody knows.
+    """
+    total = shadow.step + steps - shadow.update_after_step
+    if not shadow.update_every <= total < math.inf:
+        return
+    decay, updates = shadow.decay, int(total) // shadow.update_every * shadow.update_every
+    share = max((s.share for s in shadow.counted().values()), default=1.0)
+    left = min(updates, int(steps))
+    share = initial_share(decay, updates) if callable(decay) else share * decay**left
+    if share > _SHARE_LIMIT:
+        for kind in ("swap", "export"):  # it is told once
+            shadow.warned.add(kind)
+        shadow.warned.once(
+            "run",
+            f"the EMA will still hold {share:.0%} of the initial weights at the end of this run: "
+            f"decay {decay} over {updates} steps. Leave decay out of the callback, which then "
+            f"chooses it, pass compute_optimal_decay({updates}) (here "
+            f"{compute_optimal_decay(updates):.6g}), a warm-up (warmup_decay) or update_after_step",
+        )
+
+
 def _warn_unaveraged(shadow: ShadowSet) -> None:
     with no_autograd():
         told = "cold" in shadow.warned or not shadow.has_stepped()
@@ -93,7 +120,8 @@ def warn_non_finite(shadow: ShadowSet) -> None:
         warn(
             f"{len(bad)} of {len(counted)} EMA tensors hold NaN or infinite values: the training "
             "weights did so at some step, and an average never forgets it. Resume from an earlier "
-            "checkpoint, or load good weights and start a new EMA"
+            "checkpoint, or load good weights and start a new EMA",
+            every_rank=True,  # of sharded weights each looks at its own part
         )
 
 
