@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .._arithmetic.average import non_finite, relative_distance, squared_norms
+from .._arithmetic.scratch import sample_of
 from .._engines.quantized import apart, dense
 from .._engines.sharding import by_spread, local, locals_of, sum_over_ranks
 from .._warnings import warn
 from ..schedules import compute_optimal_decay, initial_share
 from .holdings import no_autograd
 from .shadow_set import ShadowSet
-from .slots import Slot
+from .slots import Slot, value_of
 
 # With this much of the initial weights left in it, an EMA is worse than the training weights more
 # often than not: decay 0.9999 after 1,000 steps leaves 90 %.
@@ -37,11 +38,21 @@ def _distance(shadow: ShadowSet, params: Sequence[Tensor]) -> float:
     with no_autograd():
         for spread, members in by_spread(params).items():
             for batch in apart(members):
-                emas = (local(shadow.ema_of(param)) for param in batch)  # one at a time
-                weights = locals_of(dense(shadow.weights_of(param)) for param in batch)
-                for norms in squared_norms(emas, weights):
+                parts = (_sample(shadow, param) for param in batch)  # one at a time
+                for norms in squared_norms(parts):
                     squares.append(sum_over_ranks(norms, spread).tolist())
     return relative_distance(squares)
+
+
+def _sample(shadow: ShadowSet, param: Tensor) -> tuple[Tensor, Tensor, float]:
+    """A part of the EMA and of the weights of a parameter, and what one element stands for."""
+    slot, weights = shadow.find(param), local(dense(shadow.weights_of(param)))
+    if slot is None or slot.low is None or not slot.updates:
+        (ema, weights), scale = sample_of((local(shadow.ema_of(param)), weights), shadow.step)
+        return ema, weights, scale
+    stored = local(shadow.main_of(param)), local(slot.low), weights
+    (main, low, weights), scale = sample_of(stored, shadow.step)
+    return value_of(main, low), weights, scale
 
 
 def updates_made(shadow: ShadowSet) -> int:

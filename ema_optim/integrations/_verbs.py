@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .._engines.quantized import write_
 from .._engines.sharding import local, part_for, whole_on_first_rank
 from .._shadow import names
+from .._shadow.holdings import no_autograd
 from .._shadow.options import check_tensor
-from .._shadow.shadow_set import no_autograd
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 

@@ -133,7 +133,7 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         self._loaded = None
         left = trainer.estimated_stepping_batches - trainer.global_step
         for optimizer in self._optimizers:
-            report.check_run(optimizer._ema, left)
+            report.warn_of_run(optimizer._ema, left)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Log the decay in force and the distance from the weights."""
