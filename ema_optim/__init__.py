@@ -1,10 +1,12 @@
 """Keep an exponential moving average (EMA) of the weights inside the optimizer."""
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ._checkpoint.strip import strip_ema_state_dict
 from ._shadow.blocks import swap_ema_weights
 from ._version import __version__ as __version__
+from ._warnings import EMAWarning
 from .model import EMAModel
 from .optimizer import EMAOptimizer
 from .schedules import (
@@ -25,6 +27,7 @@ from .schedules import (
 __all__ = [
     "EMAModel",
     "EMAOptimizer",
+    "EMAWarning",
     "compute_optimal_decay",
     "debiased_decay",
     "decay_from_half_life",
@@ -42,15 +45,24 @@ __all__ = [
     "warmup_decay",
 ]
 
+# On demand: the first two import their trainers, the third is seldom needed.
+_LAZY = {
+    "EMACallback": ".integrations.transformers",
+    "EMAWeights": ".integrations.lightning",
+    "export_ema": "._tools.export",
+}
 
-def __getattr__(name: str) -> Any:
-    # On demand: the first imports transformers, the second is seldom needed.
-    if name == "EMACallback":
-        from .integrations.transformers import EMACallback
+if TYPE_CHECKING:  # a type checker would take every name for one that is there
+    from ._tools.export import export_ema as export_ema
+    from .integrations.lightning import EMAWeights as EMAWeights
+    from .integrations.transformers import EMACallback as EMACallback
+else:
 
-        return EMACallback
-    if name == "export_ema":
-        from ._tools.export import export_ema
+    def __getattr__(name):
+        if name in _LAZY:
+            return getattr(import_module(_LAZY[name], __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-        return export_ema
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

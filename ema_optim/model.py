@@ -14,6 +14,7 @@ from ._shadow.blocks import as_block
 from ._shadow.buffers import HeldBuffers, Wanted
 from ._shadow.model_groups import ModelGroups
 from ._shadow.movement import Movement
+from ._shadow.options import warn_of_tau
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
 from ._shadow.swap_state import Mode
@@ -83,6 +84,7 @@ class EMAModel:
         )
         self._movement = Movement()
         self.reset()
+        warn_of_tau(decay)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the model with the EMA weights: a live teacher, the model untouched.

@@ -196,7 +196,10 @@ def check_decay(decay: Decay) -> Decay:
         _call(decay, 1)
         return decay
     if not isinstance(decay, (int, float)):  # a tensor might be meant to change later
-        raise TypeError(f"decay must be a float or a callable, got {decay!r}: 0.999 is usual")
+        remedy = "0.999 is usual"
+        if decay == "auto":  # only the trainers' callbacks know the steps of the run
+            remedy = "pass compute_optimal_decay(total_steps)"
+        raise TypeError(f"decay must be a float or a callable, got {decay!r}: {remedy}")
     return _unit("decay", decay)
 
 

@@ -2,6 +2,14 @@ import pytest
 import torch
 from ranks import stop_pools
 
+from ema_optim import _warnings
+
+
+@pytest.fixture(autouse=True)
+def _small_decays_are_told_already(monkeypatch):
+    # They keep tests of a few steps short; test_logs.py has the warning.
+    monkeypatch.setattr(_warnings, "_told", {"tau"})
+
 
 @pytest.fixture(autouse=True)
 def _one_seed_and_one_thread():

@@ -127,7 +127,8 @@ def module_of(file):
 
 def serve(rank, world, store, pipe):
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "the EMA still holds|an EMA in bfloat16")  # short runs
+    short = "the EMA (will )?still hold|an EMA in bfloat16|decay=.* looks like tau"
+    warnings.filterwarnings("ignore", short)  # short runs
     torch.set_num_threads(1)
     # What torchrun sets, for the engines that look there.
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

@@ -8,7 +8,7 @@ holds at most ``CHUNK`` elements, whatever the size of the model.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,14 +81,21 @@ def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def squared_norms(emas: Iterable[Tensor], weights: list[Tensor]) -> list[Tensor]:
+def squared_norms(parts: Iterable[tuple[Tensor, Tensor, float]]) -> list[Tensor]:
     """``[||ema - weights||**2, ||weights||**2]`` over all tensors together, in double precision.
+
+    Args:
+        parts: An EMA tensor, weights of its shape, and what one element of these stands for.
 
     Returns:
         One tensor of the two numbers for each device.
     """
-    gaps, sizes = _sums_of_squares(_differences(emas, weights)), _sums_of_squares(weights)
-    return [torch.stack([gap, sizes[device]]) for device, gap in gaps.items()]
+    sums: dict[torch.device, Tensor] = {}
+    for *pair, scale in parts:
+        for ema, weight in pieces_of((pair[0], pair[1])):
+            norms = torch.stack([_square_of_norm(ema - weight), _square_of_norm(weight)])
+            sums[ema.device] = sums.get(ema.device, 0.0) + norms * scale
+    return list(sums.values())
 
 
 def relative_distance(squares: Sequence[Sequence[float]]) -> float:
@@ -108,23 +115,10 @@ def non_finite(tensors: list[Tensor]) -> list[int]:
     return sorted(_without_norm(_without_norm(filled, 2.0), math.inf))
 
 
-def _differences(emas: Iterable[Tensor], weights: list[Tensor]) -> Iterator[Tensor]:
-    for pair in zip(emas, weights, strict=True):
-        for ema, weight in pieces_of(pair):
-            yield ema - weight
-
-
-def _sums_of_squares(tensors: Iterable[Tensor]) -> dict[torch.device, Tensor]:
-    sums: dict[torch.device, Tensor] = {}
-    for tensor in tensors:
-        for (piece,) in pieces_of((tensor,)):
-            square = torch.linalg.vector_norm(piece, dtype=_double(piece)).square().real
-            sums[piece.device] = sums.get(piece.device, 0.0) + square
-    return sums
-
-
-def _double(tensor: Tensor) -> torch.dtype:
-    return torch.complex128 if tensor.is_complex() else torch.float64
+def _square_of_norm(piece: Tensor) -> Tensor:
+    double = torch.complex128 if piece.is_complex() else torch.float64
+    square: Tensor = torch.linalg.vector_norm(piece, dtype=double).square().real
+    return square
 
 
 def _without_norm(items: Items, order: float) -> Items:

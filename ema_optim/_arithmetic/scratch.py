@@ -1,5 +1,6 @@
 """Bounded scratch: tensors cut and grouped so that one small buffer serves a model of any size."""
 
+import random
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
@@ -9,6 +10,9 @@ from torch import Tensor
 # Elements in one scratch buffer: 1 MiB of fp32 stays in a core's L2 cache, and smaller pieces pay
 # more in dispatch than they gain in locality.
 CHUNK = 256 * 1024
+
+# A sample of a tensor: one in so many blocks of so many elements, a memory page of fp32.
+_EVERY, _BLOCK, _SAMPLED_FROM = 16, 1024, 64 * 1024
 
 Batch = list[tuple[Tensor, ...]]
 
@@ -120,3 +124,17 @@ def in_memory_order(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if first.dim() != 1 and all(map(Tensor.is_contiguous, tensors)):
         tensors = tuple(tensor.view(-1) for tensor in tensors)
     return tensors
+
+
+def sample_of(tensors: tuple[Tensor, ...], seed: int) -> tuple[tuple[Tensor, ...], float]:
+    """Aligned copies of every 16th block of tensors of one shape, and what one element stands for.
+
+    Which of them is drawn by ``seed``. Tensors of up to 65,536 elements are returned whole.
+    """
+    count, whole = tensors[0].numel(), in_memory_order(tensors)
+    if count <= _SAMPLED_FROM or whole[0].dim() != 1:
+        return tensors, 1.0
+    first = random.Random(seed).randrange(_EVERY)
+    end = count - count % _BLOCK
+    views = tuple(t[:end].view(-1, _BLOCK)[first::_EVERY].contiguous() for t in whole)
+    return views, count / views[0].numel()

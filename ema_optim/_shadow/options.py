@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .._arithmetic.formats import FORMATS, EMADtype, Format, format_of
 from .._engines.sharding import check_layout, refuse_flat
+from .._warnings import warn
 from ..schedules import Decay, check_decay
 from .mistakes import for_optimizer
 from .slots import Group
@@ -75,6 +76,17 @@ def check_group_decay(decay: object) -> float:
         return float(check_decay(decay))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise type(error)(f"ema_decay of a param group: {error}") from None
+
+
+def warn_of_tau(decay: object) -> None:
+    """Warn of a number that is more often the share of the new weights, or a typing error."""
+    if isinstance(decay, (int, float)) and 0 < decay < 0.5:
+        warn(
+            f"decay={decay:g} looks like tau, the share of new weights, or like a typing error: "
+            f"decay = 1 - tau, here {1 - decay:g}. As it is, the EMA is hardly more than the last "
+            "weights",
+            once="tau",
+        )
 
 
 def check_count(name: str, value: int, least: int) -> int:

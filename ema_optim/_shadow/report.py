@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from .._arithmetic.average import non_finite, relative_distance, squared_norms
+from .._arithmetic.scratch import sample_of
 from .._engines.quantized import apart, dense
 from .._engines.sharding import by_spread, local, locals_of, sum_over_ranks
 from .._warnings import warn
+from ..schedules import compute_optimal_decay, initial_share
 from .holdings import no_autograd
 from .shadow_set import ShadowSet
-from .slots import Slot
+from .slots import Slot, value_of
 
 # With this much of the initial weights left in it, an EMA is worse than the training weights more
 # often than not: decay 0.9999 after 1,000 steps leaves 90 %.
@@ -36,11 +38,21 @@ def _distance(shadow: ShadowSet, params: Sequence[Tensor]) -> float:
     with no_autograd():
         for spread, members in by_spread(params).items():
             for batch in apart(members):
-                emas = (local(shadow.ema_of(param)) for param in batch)  # one at a time
-                weights = locals_of(dense(shadow.weights_of(param)) for param in batch)
-                for norms in squared_norms(emas, weights):
+                parts = (_sample(shadow, param) for param in batch)  # one at a time
+                for norms in squared_norms(parts):
                     squares.append(sum_over_ranks(norms, spread).tolist())
     return relative_distance(squares)
+
+
+def _sample(shadow: ShadowSet, param: Tensor) -> tuple[Tensor, Tensor, float]:
+    """A part of the EMA and of the weights of a parameter, and what one element stands for."""
+    slot, weights = shadow.find(param), local(dense(shadow.weights_of(param)))
+    if slot is None or slot.low is None or not slot.updates:
+        (ema, weights), scale = sample_of((local(shadow.ema_of(param)), weights), shadow.step)
+        return ema, weights, scale
+    stored = local(shadow.main_of(param)), local(slot.low), weights
+    (main, low, weights), scale = sample_of(stored, shadow.step)
+    return value_of(main, low), weights, scale
 
 
 def updates_made(shadow: ShadowSet) -> int:
@@ -73,6 +85,32 @@ def warn_young(shadow: ShadowSet, kind: str, counted: Mapping[Tensor, Slot]) -> 
         _warn_share(shadow, kind, worst)
 
 
+def warn_of_run(shadow: ShadowSet, steps: float) -> None:
+    """Warn, when a training begins, of an EMA that will be much of the initial weights at its end.
+
+    Args:
+        shadow: The shadow set.
+        steps: Optimizer steps that are still to be made; infinite where nobody knows.
+    """
+    total = shadow.step + steps - shadow.update_after_step
+    if not shadow.update_every <= total < math.inf:
+        return
+    decay, updates = shadow.decay, int(total) // shadow.update_every * shadow.update_every
+    share = max((s.share for s in shadow.counted().values()), default=1.0)
+    left = min(updates, int(steps))
+    share = initial_share(decay, updates) if callable(decay) else share * decay**left
+    if share > _SHARE_LIMIT:
+        for kind in ("swap", "export"):  # it is told once
+            shadow.warned.add(kind)
+        shadow.warned.once(
+            "run",
+            f"the EMA will still hold {share:.0%} of the initial weights at the end of this run: "
+            f"decay {decay} over {updates} steps. Leave decay out of the callback, which then "
+            f"chooses it, pass compute_optimal_decay({updates}) (here "
+            f"{compute_optimal_decay(updates):.6g}), a warm-up (warmup_decay) or update_after_step",
+        )
+
+
 def _warn_unaveraged(shadow: ShadowSet) -> None:
     with no_autograd():
         told = "cold" in shadow.warned or not shadow.has_stepped()
@@ -94,7 +132,8 @@ def warn_non_finite(shadow: ShadowSet, counted: Mapping[Tensor, Slot]) -> None:
         warn(
             f"{len(bad)} of {len(counted)} EMA tensors hold NaN or infinite values: the training "
             "weights did so at some step, and an average never forgets it. Resume from an earlier "
-            "checkpoint, or load good weights and start a new EMA"
+            "checkpoint, or load good weights and start a new EMA",
+            every_rank=True,  # of sharded weights each looks at its own part
         )
 
 

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from .._arithmetic.formats import EMADtype
 from .._shadow.options import check_count, check_dtype, same_option
+from .._warnings import log
 from ..optimizer import EMAOptimizer
-from ..schedules import Decay, check_decay, compute_optimal_decay
+from ..schedules import Decay, Schedule, check_decay, compute_optimal_decay, warmup_decay
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,11 @@ class EMAOptions:
         check_count("update_after_step", self.update_after_step, least=0)
         check_dtype(self.dtype)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the decay is chosen here, from the length of the run."""
+        return self.decay is None or self.decay == "auto"
+
     def resolved(self, steps: float) -> dict[str, Any]:
         """What ``EMAOptimizer`` takes, in a run of so many optimizer steps.
 
@@ -42,13 +48,25 @@ class EMAOptions:
             ValueError: ``decay`` is "auto" and the run has no end.
         """
         given: dict[str, Any] = dict(vars(self))  # not asdict(): it would copy a schedule
+        return {**given, "decay": self._chosen(steps) if self.chooses else self.decay}
+
+    def _chosen(self, steps: float) -> Schedule:
+        # With a warm-up: else evaluations in the first third of a run are of the initial weights.
+        if 1 <= steps < float("inf"):
+            return warmup_decay(compute_optimal_decay(int(steps)))
         if self.decay == "auto":
-            if not 1 <= steps < float("inf"):
-                raise ValueError(
-                    f"decay='auto' must know the steps of the run, got {steps}: set max_steps"
-                )
-            given["decay"] = compute_optimal_decay(int(steps))
-        return {**given, "decay": 0.999 if given["decay"] is None else given["decay"]}
+            raise ValueError(
+                f"decay='auto' must know the steps of the run, got {steps}: set max_steps"
+            )
+        return warmup_decay(0.999)
+
+    def log_choice(self, steps: float) -> None:
+        """Log the decay that was chosen for a run."""
+        if self.chooses:
+            known = (
+                f"chosen for {steps:.0f} steps" if steps < float("inf") else "of no known length"
+            )
+            log("EMA decay: %s, %s", self._chosen(steps), known)
 
     def differences(self, optimizer: EMAOptimizer, steps: float) -> dict[str, tuple[Any, Any]]:
         """The options that were set here otherwise than in an optimizer: (here, there)."""

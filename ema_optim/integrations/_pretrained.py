@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .._checkpoint import carry, read
-from .._engines.quantized import write_
-from .._engines.sharding import is_sharded, local, part_for
+from .._engines.sharding import is_sharded
 from .._shadow import names
 from .._shadow.holdings import no_autograd
 from .._shadow.slots import read_
@@ -176,10 +175,3 @@ def _load_state(model: Any, state: dict[str, Any]) -> None:
 def members(model: nn.Module) -> list[Tensor]:
     """The parameters of a model, sharded ones as they are sharded."""
     return list(names.named_parameters(model).values())
-
-
-def copy_state(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
-    """Copy values by name into parameters, each rank its own part."""
-    with no_autograd():
-        for name, value in state.items():
-            write_(local(named[name]), part_for(named[name], value))

@@ -1,5 +1,6 @@
 """``EMAWeights``: the EMA of the weights in a Lightning ``Trainer``."""
 
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, Literal, cast
 
@@ -8,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._arithmetic.formats import EMADtype
-from .._shadow import names
+from .._shadow import names, report
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay
@@ -23,6 +24,7 @@ except ImportError:
         raise ImportError(message) from error
 
 from ._options import EMAOptions
+from ._verbs import EMAVerbs
 
 
 class LightningEMAOptimizer(EMAOptimizer):
@@ -34,14 +36,15 @@ class LightningEMAOptimizer(EMAOptimizer):
         return self.inner
 
 
-class EMAWeights(pl.Callback):  # type: ignore[misc]
+class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
     """Keep an EMA of the weights that a ``Trainer`` trains: ``callbacks=[EMAWeights(0.999)]``.
 
     ``ema = decay * ema + (1 - decay) * weights`` after every step of an optimizer, kept inside each
     optimizer. The training is bit-equal to one without the callback. Validation, test and
     prediction, inside ``fit`` and after it, use the EMA weights for every batch; outside of them
-    the model holds the training weights, after ``fit`` and after an exception too. (The EMA weights
-    for good: ``trainer.optimizers[0].apply_ema()``.) What ``trainer.test(ckpt_path=...)`` loads is
+    the model holds the training weights, after ``fit`` and after an exception too; then
+    ``apply_ema(model)`` puts the EMA weights in. ``ema_decay`` and ``ema_distance`` are logged
+    every ``log_every_n_steps``. What ``trainer.test(ckpt_path=...)`` loads is
     evaluated as it is. Every ``fit`` makes new optimizers and so begins a new EMA, unless it
     resumes or is given the same ``EMAOptimizer`` again.
 
@@ -64,12 +67,16 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
 
     Args:
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
-            ``update number (1-based) -> decay``, or "auto" for
-            ``compute_optimal_decay(trainer.estimated_stepping_batches)``. Default None: that of
-            the ``EMAOptimizer`` which ``configure_optimizers`` returned, else 0.999.
+            ``update number (1-based) -> decay``, or "auto" for one chosen by the length of the run,
+            ``warmup_decay(compute_optimal_decay(trainer.estimated_stepping_batches))``. Default
+            None: that of the ``EMAOptimizer`` which ``configure_optimizers`` returned, else
+            "auto", or ``warmup_decay(0.999)`` in a run without an end.
         update_every: Optimizer steps between two updates. Default 1: the exact EMA.
         update_after_step: Optimizer steps until averaging begins. Default 0.
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
+        optimizers: Which of several optimizers are averaged, by their positions in what
+            ``configure_optimizers`` returns: ``[0]`` for the generator of a GAN. Default None:
+            those that are an ``EMAOptimizer`` already, else all.
 
     Raises:
         ValueError, TypeError: An argument is out of its range. At the start of ``fit`` also: two
@@ -84,9 +91,13 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        optimizers: Sequence[int] | None = None,
     ) -> None:
+        super().__init__()
         self._options = EMAOptions(decay, update_every, update_after_step, dtype)
+        self._wanted = _check_positions(optimizers)
         self._optimizers: list[EMAOptimizer] = []  # of the last fit
+        self._averages: Sequence[int] = ()  # their positions
         self._swapped: list[EMAOptimizer] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -97,17 +108,42 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
                 two = f"EMAWeights and {type(callback).__name__}"
                 raise ValueError(f"one callback may average the weights, got {two}: remove one")
         if stage == "fit":
-            self._optimizers = []
+            self._optimizers, self._original, self.model = [], {}, pl_module
+
+    def _averaged(self) -> list[EMAOptimizer]:
+        return self._optimizers
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Wrap the optimizers; Lightning restores their states from a checkpoint after this."""
         _check_trainer(trainer)
-        # Only for "auto": Lightning sets the training's loader up to know them.
-        steps = trainer.estimated_stepping_batches if self._options.decay == "auto" else 0
-        self._optimizers = [
-            _wrap(optimizer, self._options, steps) for optimizer in trainer.optimizers
-        ]
-        trainer.optimizers = self._optimizers
+        # Only where it is needed: Lightning sets the training's loader up to know them.
+        steps = trainer.estimated_stepping_batches if self._options.chooses else 0
+        self._averages = _positions(trainer.optimizers, self._wanted)
+        self._optimizers = []
+        optimizers = list(trainer.optimizers)
+        for index in self._averages:
+            optimizers[index] = _wrap(optimizers[index], self._options, steps)
+            self._optimizers.append(optimizers[index])
+        trainer.optimizers = optimizers
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take what ``load_ema_state`` was given, unless the fit resumes."""
+        if self._loaded is not None and not trainer.ckpt_path:
+            self._hand_over(self._loaded)
+        self._loaded = None
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        for optimizer in self._optimizers:
+            report.warn_of_run(optimizer._ema, left)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Log the decay in force and the distance from the weights."""
+        if not (trainer.loggers and trainer._logger_connector.should_update_logs):
+            return
+        for index, optimizer in enumerate(self._optimizers):
+            metrics = optimizer.ema_metrics()
+            ending = f"_{index}" if len(self._optimizers) > 1 else ""
+            for name in ("ema_decay", "ema_distance") if metrics["ema_updates"] else ():
+                pl_module.log(name + ending, metrics[name], on_step=True, on_epoch=False)
 
     def _swap_in(self, trainer: Any, pl_module: Any) -> None:
         """Put the EMA weights in, for all batches."""
@@ -136,11 +172,12 @@ class EMAWeights(pl.Callback):  # type: ignore[misc]
         checkpoint["current_model_state"] = checkpoint["state_dict"]
         for optimizer in self._optimizers:
             _part_weights(optimizer, pl_module, checkpoint)
-        states = map(_unswapped, self._optimizers, checkpoint["optimizer_states"])
-        checkpoint["optimizer_states"] = list(states)
+        for index, optimizer in zip(self._averages, self._optimizers, strict=True):
+            states = checkpoint["optimizer_states"]
+            states[index] = _unswapped(optimizer, states[index])
         # An entry here has Lightning warn of a resume without this callback. (As state_dict() it
         # would have Lightning refuse two of them by a message without a remedy.)
-        found = [names.group_names(o.param_groups, pl_module) for o in self._optimizers]
+        found = [names.group_names(o.param_groups, pl_module) for o in trainer.optimizers]
         checkpoint["callbacks"][self.state_key] = {"ema_step": steps, "param_names": found}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -165,8 +202,34 @@ def _check_trainer(trainer: Any) -> None:
         )
 
 
+def _check_positions(optimizers: object) -> Sequence[int] | None:
+    if optimizers is None:
+        return None
+    if isinstance(optimizers, str) or not isinstance(optimizers, Sequence):
+        raise TypeError(f"optimizers must be a list of positions or None, got {optimizers!r}")
+    if not optimizers or not all(type(i) is int and i >= 0 for i in optimizers):
+        raise ValueError(
+            f"optimizers must list positions from 0 on, got {optimizers!r}: leave it out for all"
+        )
+    return sorted(set(optimizers))
+
+
+def _positions(there: Sequence[Optimizer], wanted: Sequence[int] | None) -> Sequence[int]:
+    """Which of the optimizers are averaged."""
+    if wanted is not None:
+        if wanted[-1] >= len(there):
+            raise ValueError(
+                f"optimizers must be positions among the {len(there)} that configure_optimizers "
+                f"has returned, got {wanted[-1]}"
+            )
+        return wanted
+    wrapped = [i for i, optimizer in enumerate(there) if isinstance(optimizer, EMAOptimizer)]
+    return wrapped or range(len(there))
+
+
 def _wrap(optimizer: Optimizer, options: EMAOptions, steps: float) -> EMAOptimizer:
     if not isinstance(optimizer, EMAOptimizer):
+        options.log_choice(steps)
         return LightningEMAOptimizer(optimizer, **options.resolved(steps))
     options.check_same(optimizer, steps, "from configure_optimizers")
     return optimizer

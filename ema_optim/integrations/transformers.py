@@ -5,15 +5,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, cast
 
-import torch
-from torch import Tensor, nn
-
 from .._arithmetic.formats import EMADtype
 from .._engines import adapters
-from .._engines.sharding import whole_on_first_rank
-from .._shadow import names
-from .._shadow.options import check_tensor, same_option
-from .._warnings import warn
+from .._shadow import report
+from .._shadow.options import same_option
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay
 
@@ -26,6 +21,7 @@ except ImportError as error:
     ) from error
 
 from . import _pretrained
+from . import _trainer_logs as _logs
 from ._options import EMAOptions
 from ._trainer_optimizer import (
     TrainerEMAOptimizer,
@@ -35,12 +31,13 @@ from ._trainer_optimizer import (
     running_trainer,
     take_over,
 )
+from ._verbs import EMAVerbs
 
 # The attribute of an optimizer that tells whether another callback has begun the same training.
 _BEGUN = "ema_trainer_state"
 
 
-class EMACallback(TrainerCallback):  # type: ignore[misc]
+class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
     """Keep an EMA of the weights that a ``Trainer`` trains: ``callbacks=[EMACallback(0.999)]``.
 
     ``ema = decay * ema + (1 - decay) * weights`` after every optimizer step, kept inside the
@@ -58,15 +55,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
-            ``update number (1-based) -> decay``, or "auto" for
-            ``compute_optimal_decay(max_steps)``. Default None: that of the ``EMAOptimizer`` which
-            the Trainer was given, else 0.999.
+            ``update number (1-based) -> decay``, or "auto" for one chosen by the length of the run,
+            ``warmup_decay(compute_optimal_decay(max_steps))``, anew by each ``train()``. Default
+            None: that of the ``EMAOptimizer`` which the Trainer was given, else "auto".
         update_every: Optimizer steps between two updates. Default 1.
         update_after_step: Optimizer steps until averaging begins. Default 0.
-        evaluate_with: "ema" or "training", the weights that evaluation and prediction use.
+        dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
+        evaluate_with: "ema" or "training", the weights that evaluation and prediction use, or
+            "both": every evaluation on the EMA weights (``eval_loss``, ...) is followed by one on
+            the training weights (``eval_training_loss``, ...), for two curves of one run. May be
+            set later.
         save_ema: Whether every checkpoint gets a folder ``checkpoint-N/ema`` that
             ``from_pretrained`` deploys (with PEFT ``checkpoint-N/ema/adapter``). Default True.
-        dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
 
     Raises:
         RuntimeError: At the start of a training under FSDP2 whose optimizer is no EMAOptimizer: the
@@ -83,106 +83,34 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         *,
         update_every: int = 1,
         update_after_step: int = 0,
-        evaluate_with: Literal["ema", "training"] = "ema",
-        save_ema: bool = True,
         dtype: EMADtype = None,
+        evaluate_with: Literal["ema", "training", "both"] = "ema",
+        save_ema: bool = True,
     ) -> None:
-        if evaluate_with not in ("ema", "training"):
-            raise ValueError(f"evaluate_with must be 'ema' or 'training', got {evaluate_with!r}")
+        super().__init__()
         self.options = EMAOptions(decay, update_every, update_after_step, dtype)
-        self.evaluate_with, self.save_ema = evaluate_with, save_ema
         self.optimizer: EMAOptimizer | None = None
-        self.model: nn.Module | None = None
-        self._loaded: dict[str, Tensor] | None = None
-        self._original: dict[nn.Module, dict[str, Tensor]] = {}
-        self._holds_best = False
+        self.evaluate_with, self.save_ema = evaluate_with, save_ema
         self._trainer: Any = None  # a weak reference to the Trainer of the last training
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy, which take no weak reference."""
-        return {**self.__dict__, "_trainer": None}
+        return {**super().__getstate__(), "_trainer": None}
 
-    def apply_ema(self, model: nn.Module) -> None:
-        """Copy the EMA weights into ``model``, one way, until ``restore_original(model)``.
+    @property
+    def evaluate_with(self) -> str:
+        """The weights that evaluation and prediction use: "ema", "training" or "both"."""
+        return self._evaluate_with
 
-        Args:
-            model: The trained model, or another with parameters of the same names.
+    @evaluate_with.setter
+    def evaluate_with(self, value: str) -> None:
+        if value not in ("ema", "training", "both"):
+            raise ValueError(f"evaluate_with must be 'ema', 'training' or 'both', got {value!r}")
+        self._evaluate_with = value
+        self._written()
 
-        Raises:
-            RuntimeError: Nothing was trained or loaded yet.
-            KeyError: The model lacks parameters of the EMA.
-            ValueError: A parameter has another shape.
-        """
-        if self.optimizer is not None:
-            self.optimizer.train()  # an evaluation may have failed half-way
-        state = self._ema_by_name()
-        named = names.named_parameters(model)
-        if missing := sorted(set(state) - set(named)):
-            raise KeyError(
-                f"the model must have every parameter of the EMA, it lacks {missing}: pass the "
-                "model that was trained, or one built alike"
-            )
-        for name, value in state.items():
-            check_tensor(f"the EMA of {name}", value, named[name])
-        if self._holds_best and model not in self._original:
-            warn(
-                "apply_ema() replaces the EMA weights of the best checkpoint, which the Trainer "
-                "has loaded, by the last ones; restore_original(model) takes them out again"
-            )
-        held = {name: named[name].detach().clone() for name in state}
-        self._original.setdefault(model, held)
-        _pretrained.copy_state(state, named)
-        self._set_eval_swaps()
-
-    def restore_original(self, model: nn.Module) -> None:
-        """Undo ``apply_ema``, and put the training weights back after a failed evaluation.
-
-        Args:
-            model: The model that ``apply_ema`` was given.
-        """
-        if self.optimizer is not None and self.optimizer.swapped:
-            self.optimizer.train()
-        _pretrained.copy_state(self._original.pop(model, {}), names.named_parameters(model))
-        self._set_eval_swaps()
-
-    def get_ema_state(self) -> dict[str, Tensor]:
-        """The EMA weights by parameter name, as CPU tensors in the EMA's dtype.
-
-        Under FSDP every rank calls it; the whole tensors are gathered one at a time for the first
-        rank, and the dict of the others is empty.
-
-        Raises:
-            RuntimeError: Nothing was trained or loaded yet.
-        """
-        return whole_on_first_rank(self._ema_by_name())
-
-    def _ema_by_name(self) -> dict[str, Tensor]:
-        if self.optimizer is not None and self.model is not None:
-            return self.optimizer.get_ema_state(self.model)
-        if self._loaded is not None:
-            return dict(self._loaded)
-        raise RuntimeError("there is no EMA yet: call trainer.train() or load_ema_state() first")
-
-    def load_ema_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take the EMA weights that ``get_ema_state`` returned.
-
-        ``apply_ema(model)`` then works without any training, and a training that starts goes on
-        averaging into them (one that resumes takes its checkpoint's instead). The names are
-        checked against the model there.
-
-        Args:
-            state: Tensors by parameter name.
-
-        Raises:
-            TypeError: ``state`` is no dict of tensors.
-        """
-        if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
-            raise TypeError(f"state must be a dict of tensors by parameter name, got {type(state)}")
-        if self.optimizer is not None and self.model is not None:
-            self.optimizer.train()
-            self.optimizer.load_ema_state(self.model, state)
-        else:
-            self._loaded = {name: value.detach().cpu().clone() for name, value in state.items()}
+    def _averaged(self) -> list[EMAOptimizer]:
+        return [] if self.optimizer is None else [self.optimizer]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the optimizer that the Trainer has made, or find its EMAOptimizer."""
@@ -197,17 +125,19 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.optimizer = self._find_or_wrap(kwargs["optimizer"], state)
         self.optimizer.train()  # an earlier evaluation may have failed half-way
         self._original, self._holds_best = {}, False
-        self._set_eval_swaps()
+        self._written()
+        _logs.put_first(self._trainer, self)
         if self._loaded is not None and not state.global_step:
-            self.optimizer.load_ema_state(self.model, self._loaded)
+            self._hand_over(self._loaded)
         self._loaded = None
+        report.warn_of_run(self.optimizer._ema, state.max_steps - state.global_step)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the training weights back after the last batch: not every loop ends in an event."""
         if getattr(kwargs.get("eval_dataloader"), "end_of_dataloader", False):  # Accelerate's
-            self.on_evaluate(args, state, control, **kwargs)
+            self.on_predict(args, state, control, **kwargs)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the training weights back.
 
         Raises:
@@ -221,12 +151,27 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if undone:
             adapters.raise_unmerged()
 
-    on_predict = on_evaluate
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the training weights back, and evaluate them too where "both" is wanted.
+
+        Raises:
+            RuntimeError: The evaluation has left LoRA adapters merged (they are unmerged then).
+        """
+        self.on_predict(args, state, control, **kwargs)
+        optimizer = _ema_optimizer(kwargs)
+        if optimizer is None or self.evaluate_with != "both" or self._holds_ema(optimizer):
+            return
+        optimizer.evaluate_with_ema(False)
+        try:
+            _logs.evaluate_again(running_trainer(), kwargs["eval_dataloader"])
+        finally:
+            _put_back(optimizer)
+            self._written()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the EMA's decay and its distance from the weights."""
+        """Add the EMA's metrics to the entries of the training, for every reporter."""
         optimizer = _ema_optimizer(kwargs)
-        if optimizer is None or logs is None:
+        if optimizer is None or "loss" not in (logs or {}):  # an evaluation's, or the summary
             return
         metrics = optimizer.ema_metrics()
         if not metrics["ema_updates"]:
@@ -266,10 +211,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             return
         _put_back(self.optimizer)
         best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best and self.evaluate_with == "ema":
+        if args.load_best_model_at_end and best and self.evaluate_with != "training":
             _pretrained.load_best(self.optimizer, kwargs["model"], best)
             self._holds_best = True
-            self._set_eval_swaps()
+            self._written()
 
     def _find_or_wrap(self, accelerated: Any, state: Any) -> EMAOptimizer:
         found: Any = accelerated.optimizer
@@ -286,6 +231,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _wrapper(self, accelerated: Any, state: Any) -> TrainerEMAOptimizer:
         """A wrapper with the options of this training, the one that is there if it has them."""
         found, options = accelerated.optimizer, self.options.resolved(state.max_steps)
+        self.options.log_choice(state.max_steps)
         if not isinstance(found, TrainerEMAOptimizer):
             found = TrainerEMAOptimizer(found, **options)
         elif found.missed or any(
@@ -298,15 +244,16 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         found.attended = partial(_is_in, self._trainer, self)
         return cast(TrainerEMAOptimizer, found)
 
-    def _set_eval_swaps(self) -> None:
-        if self.optimizer is None:
-            return
-        trained = self.optimizer._ema.slots.keys()
-        applied = any(
-            not trained.isdisjoint(_pretrained.members(model)) for model in self._original
-        )
-        in_model = applied or self._holds_best  # what is to be evaluated is in the model already
-        self.optimizer.evaluate_with_ema(self.evaluate_with == "ema" and not in_model)
+    def _written(self) -> None:
+        """Have evaluations swap, unless what is to be evaluated is in the model already."""
+        if self.optimizer is not None:
+            wanted = self.evaluate_with != "training" and not self._holds_ema(self.optimizer)
+            self.optimizer.evaluate_with_ema(wanted)
+
+    def _holds_ema(self, optimizer: EMAOptimizer) -> bool:
+        trained = optimizer._ema.slots.keys()
+        applied = (_pretrained.members(model) for model in self._original)
+        return self._holds_best or not all(map(trained.isdisjoint, applied))
 
 
 def _put_into(accelerated: Any, made: EMAOptimizer) -> None:

@@ -357,7 +357,8 @@ def test_scratch_of_an_exchange_and_its_undo_stays_below_4_mib(layout):
 
 
 def distance(emas, weights):
-    return relative_distance([norms.tolist() for norms in squared_norms(emas, weights)])
+    parts = [(ema, weight, 1.0) for ema, weight in zip(emas, weights, strict=True)]
+    return relative_distance([norms.tolist() for norms in squared_norms(parts)])
 
 
 def test_scratch_of_the_distance_stays_below_4_mib():

@@ -13,7 +13,7 @@ from lightning_runs import DECAY, Net, Watch, fit, loader, make_trainer, new, we
 from reference import Reference, same, wide
 from torch.optim import AdamW
 
-from ema_optim import EMAOptimizer, compute_optimal_decay, strip_ema_state_dict
+from ema_optim import EMAOptimizer, compute_optimal_decay, strip_ema_state_dict, warmup_decay
 from ema_optim.integrations.lightning import EMAWeights
 
 pytestmark = [
@@ -321,7 +321,7 @@ def test_checkpoint_written_before_the_optimizers_are_wrapped_is_a_plain_one(tmp
 def test_options_reach_the_optimizer_and_those_of_the_users_optimizer_win():
     options = {"update_every": 2, "update_after_step": 3, "dtype": torch.float64}
     ema = fit(new(), [EMAWeights("auto", **options)], max_steps=2).optimizers[0]._ema
-    assert (ema.decay, ema.update_every) == (compute_optimal_decay(2), 2)
+    assert (ema.decay, ema.update_every) == (warmup_decay(compute_optimal_decay(2)), 2)
     assert (ema.update_after_step, ema.dtype) == (3, torch.float64)
     for callback in (EMAWeights(), EMAWeights(DECAY)):
         trainer = fit(new(build=lambda o: EMAOptimizer(o, DECAY)), [callback], max_steps=4)

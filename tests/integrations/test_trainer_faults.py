@@ -26,7 +26,7 @@ from trainers import (
 from transformers import LlamaForCausalLM, Trainer
 from transformers.trainer_utils import HPSearchBackend
 
-from ema_optim import EMACallback, EMAOptimizer, compute_optimal_decay
+from ema_optim import EMACallback, EMAOptimizer, compute_optimal_decay, warmup_decay
 from ema_optim.integrations import _pretrained
 
 SLOW = {"lr_scheduler_type": "constant"}
@@ -187,12 +187,15 @@ def test_auto_decay_is_that_of_the_steps_of_this_training(tmp_path):
     trainer = fit(llama(), tmp_path, EMACallback("auto"), max_steps=4)
     trainer.args.max_steps = 100
     trainer.train()
-    assert trainer.state.log_history[-2]["ema_decay"] == compute_optimal_decay(100)
+    wanted = warmup_decay(compute_optimal_decay(100))
+    assert trainer.state.log_history[-2]["ema_decay"] == wanted(
+        104
+    )  # the EMA of the first four goes on
 
 
 def test_auto_decay_of_another_length_is_refused_with_the_users_own_optimizer(tmp_path):
     model = llama()
-    own = EMAOptimizer(AdamW(model.parameters(), lr=1e-2), compute_optimal_decay(4))
+    own = EMAOptimizer(AdamW(model.parameters(), lr=1e-2), warmup_decay(compute_optimal_decay(4)))
     trainer = fit(model, tmp_path, EMACallback("auto"), optimizers=(own, None), max_steps=4)
     trainer.args.max_steps = 100
     with pytest.raises(ValueError, match="decay must be that of the EMAOptimizer"):

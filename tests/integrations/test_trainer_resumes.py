@@ -40,7 +40,7 @@ pytestmark = [
 EMAS = {
     "every": {"decay": 0.5, "update_every": 3},
     "after": {"decay": 0.5, "update_after_step": 2},
-    "late": {"decay": 0.5, "update_after_step": 5},
+    "late": {"decay": 0.4, "update_after_step": 5},
     "schedule": {"decay": warmup_decay(0.9)},
     "float64": {"decay": DECAY, "dtype": torch.float64},
     "float32_compensated": {"decay": DECAY, "dtype": "float32_compensated"},
