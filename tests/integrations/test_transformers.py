@@ -42,6 +42,7 @@ from transformers import (
 from ema_optim import (
     EMACallback,
     compute_optimal_decay,
+    warmup_decay,
 )
 
 pytestmark = [
