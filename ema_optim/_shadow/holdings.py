@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._engines.quantized import dense, is_quantized
 from .._engines.sharding import PLAIN
 from .memory import shared_memory
+from .settings import Settings
 from .slots import Slot, place_of, value_of
 from .swap_state import Mode, SwapState
 
@@ -27,7 +28,7 @@ def no_autograd() -> Iterator[None]:
         yield
 
 
-class Holdings:
+class Holdings(Settings):
     """The slots of a shadow set, and the state of its swap.
 
     Attributes:
@@ -38,14 +39,15 @@ class Holdings:
         swap: The state of the swap.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *settings: Any, **named: Any) -> None:
+        super().__init__(*settings, **named)
         self.slots: dict[Tensor, Slot] = {}
         self.absent: Any = WeakTensorKeyDictionary()  # Any: torch does not type it
         self.swap = SwapState()
         self._shared: set[Tensor] | None = None  # parameters that share memory
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "absent": list(self.absent.items()), "_shared": None}
+        return {**super().__getstate__(), "absent": list(self.absent.items()), "_shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

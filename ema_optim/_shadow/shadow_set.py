@@ -13,22 +13,19 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .._arithmetic.formats import FORMATS, EMADtype
+from .._arithmetic.formats import FORMATS
 from .._engines.replaced import kinds_of, refuse_replaced
 from .._engines.sharding import local, refuse_flat
 from .._warnings import Warned
-from ..schedules import Decay, check_decay, decay_factor, initial_share
+from ..schedules import decay_factor
 from .buckets import follows, is_dry, make_buckets, params_of
 from .holdings import Holdings, no_autograd
 from .lanes import Lane, Lanes
 from .options import (
     Options,
-    check_count,
-    check_dtype,
-    check_module,
     check_options,
     ema_format,
     format_name,
@@ -51,37 +48,11 @@ _BFLOAT16 = (
 class ShadowSet(Holdings):
     """The EMA of the parameters in the param groups of a source.
 
-    Args:
-        source: What has the ``param_groups``: the inner optimizer, which replaces them on load, or
-            a ``ModelGroups``. Asked whenever they are needed.
-        decay: Float or schedule.
-        update_every: Optimizer steps between two updates.
-        update_after_step: Optimizer steps until averaging begins.
-        dtype: How an EMA tensor is stored, see ``formats``; None is fp32 for every narrower float,
-            else the parameter's own dtype. A group's own ``ema_dtype`` goes before.
-        module: The module that holds the FSDP2 modules, where they are not found by themselves.
-        sees_steps: Whether the source is an optimizer, so that an average can begin at the weights
-            before a step. The average of a model begins at the weights of its birth.
+    The arguments are those of ``Settings``.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        decay: Decay,
-        update_every: int,
-        update_after_step: int,
-        dtype: EMADtype,
-        module: nn.Module | None = None,
-        sees_steps: bool = True,
-    ) -> None:
-        self.source = source
-        self.decay = check_decay(decay)
-        self.update_every = check_count("update_every", update_every, least=1)
-        self.update_after_step = check_count("update_after_step", update_after_step, least=0)
-        self.dtype = check_dtype(dtype)
-        self.module = check_module(module)
-        self.sees_steps = sees_steps
-        super().__init__()
+    def __init__(self, *settings: Any, **named: Any) -> None:
+        super().__init__(*settings, **named)
         self.step = 0  # the largest clock: counted optimizer steps
         self.dry = False  # whether the inner optimizer has made a step that moved nothing
         self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
@@ -91,23 +62,11 @@ class ShadowSet(Holdings):
         self.compiled: Any = None  # what stands in for the inner step after compile()
         self._lanes = Lanes()
         self._known = kinds_of(params_of(self.groups))
-        self._share: tuple[Any, float] | None = None
         self.keys = ReservedKeys()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"compiled": None, "_share": None, "_known": {}}
+        fresh: dict[str, Any] = {"compiled": None, "_known": {}}
         return {**super().__getstate__(), **fresh, "_lanes": Lanes()}
-
-    @property
-    def options(self) -> Options:
-        """What param groups want that have no options of their own."""
-        return Options(self.decay, self.dtype)
-
-    @property
-    def groups(self) -> list[Group]:
-        """The param groups of the moment."""
-        groups: list[Group] = self.source.param_groups
-        return groups
 
     def begin_step(self) -> Lane | None:
         """Prepare one step, before the weights move.
@@ -266,24 +225,6 @@ class ShadowSet(Holdings):
         marked = min(self.step, group.get("ema_step", self.step))  # an old mark after a new start
         return max((slot.counter.steps for slot in slots), default=marked)
 
-    def ema_step(self, slot: Slot) -> int:
-        """The counter of one slot in optimizer steps, as checkpoints hold it."""
-        return min(slot.counter.steps, self.update_after_step) + slot.updates
-
-    def counter_at(self, ema_step: int, step: int, decay: float | None) -> tuple[int, float]:
-        """Updates and share that a checkpoint's counter stands for when the clock shows ``step``.
-
-        ``decay`` is the group's own, if it has one.
-        """
-        updates = max(0, ema_step - min(step, self.update_after_step))
-        made = updates // self.update_every * self.update_every
-        source = self.decay if decay is None else decay
-        key = (id(source) if callable(source) else source, made)
-        # Remembered: a slowly forgetting schedule is multiplied out, once and not per parameter.
-        if self._share is None or self._share[0] != key:
-            self._share = key, initial_share(source, made)
-        return updates, self._share[1]
-
     def slot_for(self, param: Tensor) -> Slot:
         """The slot of a parameter, made if it has none, to be written to."""
         self.forget_lanes()
@@ -296,11 +237,6 @@ class ShadowSet(Holdings):
     def members(self) -> list[Tensor]:
         """Unique parameters that have, or at the next step will have, an EMA."""
         return list(dict.fromkeys([*chain(*map(self._followed, self.groups)), *self.absent.keys()]))
-
-    def options_by_param(self) -> dict[Tensor, Options]:
-        """The options of every parameter in the param groups."""
-        pairs = ((self.options.of(group), group) for group in self.groups)
-        return {param: options for options, group in pairs for param in group["params"]}
 
     def new_slot(
         self, param: Tensor, options: Options, parts: Parts | None = None, steps: int | None = None

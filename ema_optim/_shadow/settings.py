@@ -1,0 +1,83 @@
+"""What a shadow set was told: where its param groups are, how they are averaged and kept."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._arithmetic.formats import EMADtype
+from ..schedules import Decay, check_decay, initial_share
+from .options import Options, check_count, check_dtype, check_module
+from .slots import Group, Slot
+
+
+class Settings:
+    """The settings of a shadow set, and what follows from them alone.
+
+    Args:
+        source: What has the ``param_groups``: the inner optimizer, which replaces them on load, or
+            a ``ModelGroups``. Asked whenever they are needed.
+        decay: Float or schedule.
+        update_every: Optimizer steps between two updates.
+        update_after_step: Optimizer steps until averaging begins.
+        dtype: How an EMA tensor is stored, see ``formats``; None is fp32 for every narrower float,
+            else the parameter's own dtype. A group's own ``ema_dtype`` goes before.
+        module: The module that holds the FSDP2 modules, where they are not found by themselves.
+        sees_steps: Whether the source is an optimizer, so that an average can begin at the weights
+            before a step. The average of a model begins at the weights of its birth.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        decay: Decay,
+        update_every: int,
+        update_after_step: int,
+        dtype: EMADtype,
+        module: nn.Module | None = None,
+        sees_steps: bool = True,
+    ) -> None:
+        self.source = source
+        self.decay = check_decay(decay)
+        self.update_every = check_count("update_every", update_every, least=1)
+        self.update_after_step = check_count("update_after_step", update_after_step, least=0)
+        self.dtype = check_dtype(dtype)
+        self.module = check_module(module)
+        self.sees_steps = sees_steps
+        self._share: tuple[Any, float] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_share": None}
+
+    @property
+    def options(self) -> Options:
+        """What param groups want that have no options of their own."""
+        return Options(self.decay, self.dtype)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The param groups of the moment."""
+        groups: list[Group] = self.source.param_groups
+        return groups
+
+    def ema_step(self, slot: Slot) -> int:
+        """The counter of one slot in optimizer steps, as checkpoints hold it."""
+        return min(slot.counter.steps, self.update_after_step) + slot.updates
+
+    def counter_at(self, ema_step: int, step: int, decay: float | None) -> tuple[int, float]:
+        """Updates and share that a checkpoint's counter stands for when the clock shows ``step``.
+
+        ``decay`` is the group's own, if it has one.
+        """
+        updates = max(0, ema_step - min(step, self.update_after_step))
+        made = updates // self.update_every * self.update_every
+        source = self.decay if decay is None else decay
+        key = (id(source) if callable(source) else source, made)
+        # Remembered: a slowly forgetting schedule is multiplied out, once and not per parameter.
+        if self._share is None or self._share[0] != key:
+            self._share = key, initial_share(source, made)
+        return updates, self._share[1]
+
+    def options_by_param(self) -> dict[Tensor, Options]:
+        """The options of every parameter in the param groups."""
+        pairs = ((self.options.of(group), group) for group in self.groups)
+        return {param: options for options, group in pairs for param in group["params"]}
