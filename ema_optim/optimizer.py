@@ -223,7 +223,7 @@ class EMAOptimizer(ForwardingOptimizer):
 
         For a trainer that has put into the model what is to be evaluated.
         """
-        self._ema.swap.eval_swaps = enabled
+        self._ema.swap.show_in_eval(enabled)
 
     def apply_ema(self) -> None:
         """Make the EMA weights the training weights, one way (the EMA stays as it is).

@@ -102,6 +102,22 @@ def test_imports_run_one_way(path):
         assert allowed, f"{path} imports {other}"
 
 
+def assigned(path):
+    """What is assigned to in a file, as it is written there."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            for target in targets:
+                yield from map(ast.unparse, getattr(target, "elts", [target]))
+
+
+# One object owns the state of an average: whoever else wrote to it would have to know all of it.
+def test_nobody_outside_its_room_assigns_attributes_of_the_shadow_set():
+    others = [path for path in MODULES if "_shadow" not in path.parts]
+    writes = [(path.name, target) for path in others for target in assigned(path)]
+    assert [w for w in writes if re.search(r"(\b_ema|\bshadow|\bslot)\.", w[1])] == []
+
+
 def test_every_room_says_what_is_in_it():
     for room in (path for path in MODULES if path.name == "__init__.py"):
         assert ast.get_docstring(ast.parse(room.read_text())), room

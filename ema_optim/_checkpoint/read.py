@@ -165,9 +165,8 @@ class _Entry:
         """
         param, (main, low) = self.param, parts
         format = format_of(main.dtype, None if low is None else low.dtype)
-        slot = Slot.of(param, parts, format)
-        if "ema_weights" in self.saved:
-            slot.parked = copy_like(param, self.saved["ema_weights"])
+        kept = self.saved.get("ema_weights")
+        slot = Slot.of(param, parts, format, None if kept is None else copy_like(param, kept))
         if slot.parked is None and shadow.parks(param, slot):
             raise ValueError(
                 f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "

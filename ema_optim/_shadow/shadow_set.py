@@ -151,6 +151,11 @@ class ShadowSet(Holdings):
         self.take(slots, swapped)
         self.step, self.held, self.trainer_step = step, held, trainer_step
 
+    def take_trainer_step(self) -> int | None:
+        """The step at which a trainer has saved what was loaded; asked once after a load."""
+        step, self.trainer_step = self.trainer_step, None
+        return step
+
     def follow_members(self) -> None:
         """Have every EMA that is to be begin at the weights of this moment."""
         self.clear()

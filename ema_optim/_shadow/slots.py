@@ -71,9 +71,11 @@ class Slot:
     ratio: float = 1.0
 
     @classmethod
-    def of(cls, param: Tensor, parts: Parts, format: Format) -> "Slot":
+    def of(
+        cls, param: Tensor, parts: Parts, format: Format, parked: Tensor | None = None
+    ) -> "Slot":
         """A slot of what ``parts`` hold, in a format of its own."""
-        return cls(*restored(param, parts, format), format)
+        return cls(*restored(param, parts, format), format, parked)
 
     def convert(self, param: Tensor, format: Format) -> None:
         """Keep the same EMA in another format, or on the device that its parameter is on now."""

@@ -122,6 +122,10 @@ class SwapState:
         """The slots whose parameters may hold something else than the training weights."""
         return self.swapped if self.move is None else self.move.slots
 
+    def show_in_eval(self, ema: bool) -> None:
+        """Have ``eval()`` show the EMA weights, or what the parameters hold already."""
+        self.eval_swaps = ema
+
     def note_block(self, generator: Generator[None, None, None]) -> None:
         """Know the generator that ends the block."""
         if not self.in_block:

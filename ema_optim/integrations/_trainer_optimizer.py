@@ -14,7 +14,6 @@ from .._checkpoint.strip import strip_ema_state_dict
 from .._engines.sharding import is_sharded
 from .._forwarding import call_if_there, inner_step
 from .._shadow import names
-from .._warnings import warn
 from ..optimizer import EMAOptimizer
 
 
@@ -104,17 +103,17 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     It is not after a run without the callback, whose checkpoints carry an old EMA along.
     """
     shadow, groups = optimizer._ema, optimizer.param_groups
+    saved_at = shadow.take_trainer_step()
     if carry.is_carrying(groups) and carry.carried_step(groups) == global_step:
         carry.adopt(shadow)
-    elif shadow.trainer_step not in (None, global_step):
+    elif saved_at not in (None, global_step):
         read.Loaded({}).install(shadow)
     carry.drop(groups)
-    shadow.trainer_step = None  # seen to; a later training begins at another step
-    if global_step and not shadow.slots and "cold" not in shadow.warned:
-        shadow.warned.add("cold")
-        warn(
+    if global_step and not shadow.slots:
+        shadow.warned.once(
+            "cold",
             f"the checkpoint holds no EMA of step {global_step}: it begins at the weights of the "
-            "next step"
+            "next step",
         )
     optimizer._ema.mark()
 
