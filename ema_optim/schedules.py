@@ -185,7 +185,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     return math.sqrt((number + 1.0) / (number + 3.0)) / (number + 2.0)
 
 
-def check_decay(decay: Decay) -> Decay:
+def as_decay(decay: Decay) -> Decay:
     """Return a constructor's ``decay`` as a float, or the schedule after calling it once with 1.
 
     Raises:

@@ -20,13 +20,13 @@ _ENTRIES = "ema_entries"
 
 def carry(state_dict: layout.StateDict) -> layout.StateDict:
     """A checkpoint with the EMA's entries moved from the state into the param groups."""
-    inner, own = layout.split(state_dict)
+    inner, ours = layout.split(state_dict)
     groups = [
         {
             **group,
             _ENTRIES: {
                 "marks": {k: group[k] for k in layout.GROUP_MARKS if k in group},
-                "params": [own.get(key, {}) for key in group["params"]],
+                "params": [ours.get(key, {}) for key in group["params"]],
             },
         }
         for group in state_dict["param_groups"]

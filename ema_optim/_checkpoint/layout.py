@@ -103,8 +103,8 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
     for pair in found:
         unique[pair.group].append(pair.param)
     marked = [
-        {**saved, **saved_marks(shadow, index, group, own)}
-        for index, ((group, saved), own) in enumerate(zip(pairs, unique, strict=True))
+        {**saved, **saved_marks(shadow, index, group, ours)}
+        for index, ((group, saved), ours) in enumerate(zip(pairs, unique, strict=True))
     ]
     return {**packed, "state": state, "param_groups": marked}
 
@@ -112,13 +112,13 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
 def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict]]:
     """Part a checkpoint into the inner optimizer's dict and the EMA's entries by packed key."""
     rest: dict[Any, Any] = {}
-    own: dict[Any, StateDict] = {}
+    ours: dict[Any, StateDict] = {}
     for key, values in state_dict["state"].items():
         if not isinstance(values, dict) or not any(k in STATE_KEYS for k in values):
             rest[key] = values
             continue
         # A partial distributed load fills entries that the checkpoint lacks with an empty dict.
-        own[key] = {
+        ours[key] = {
             k: v for k, v in values.items() if k in STATE_KEYS and (not isinstance(v, dict) or v)
         }
         # An entry of the EMA alone would look initialised to the inner optimizer, and is not.
@@ -128,8 +128,8 @@ def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict
         {k: v for k, v in group.items() if k not in GROUP_MARKS}
         for group in state_dict["param_groups"]
     ]
-    own = {key: values for key, values in own.items() if values}
-    return {**state_dict, "state": rest, "param_groups": groups}, own
+    ours = {key: values for key, values in ours.items() if values}
+    return {**state_dict, "state": rest, "param_groups": groups}, ours
 
 
 def clear_reserved(inner: Optimizer) -> bool:

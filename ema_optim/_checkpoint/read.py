@@ -58,7 +58,7 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
     notes = _check_groups(groups, saved)
     pairs = list(packed_pairs(groups, saved))
     _check_states(groups, pairs, state_dict["state"])
-    inner, own = split(state_dict)
+    inner, ours = split(state_dict)
     swapped = any(bool(group.get("ema_swapped")) for group in saved)
     given = [_given(shadow, index) for index in range(len(groups))]
     options = [
@@ -67,9 +67,9 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
             zip(groups, saved, given, notes, strict=True)
         )
     ]
-    entries, missing = _find_entries(groups, pairs, options, inner, own, swapped)
+    entries, missing = _find_entries(groups, pairs, options, inner, ours, swapped)
     if swapped or entries:
-        _check_missing(groups, pairs, missing, own, notes)
+        _check_missing(groups, pairs, missing, ours, notes)
     if not swapped and not any(e.count for e in entries) and any(inner["state"].values()):
         # Nothing was averaged. A clock without averages would only be that of disabled groups.
         cold = bool(missing or entries)
@@ -181,18 +181,18 @@ def _find_entries(
     pairs: Sequence[Pair],
     options: Sequence[_Saved],
     inner: StateDict,
-    own: dict[Any, StateDict],
+    ours: dict[Any, StateDict],
     swapped: bool,
 ) -> tuple[list[_Entry], list[Pair]]:
     """The EMA's entries, and the parameters that lack theirs."""
-    if own and all(_is_cast(entry.get("ema_step")) for entry in own.values()):
-        own = {}
+    if ours and all(_is_cast(entry.get("ema_step")) for entry in ours.values()):
+        ours = {}
     entries, missing = [], []
     for pair in pairs:
         mine = options[pair.group]
         enabled = mine.options.enabled
-        if pair.key in own and (enabled or swapped):
-            entries.append(_Entry(pair.param, own[pair.key], mine, _label(groups, pair)))
+        if pair.key in ours and (enabled or swapped):
+            entries.append(_Entry(pair.param, ours[pair.key], mine, _label(groups, pair)))
         elif enabled and pair.param.requires_grad and inner["state"].get(pair.key):
             missing.append(pair)
     return entries, missing
@@ -202,14 +202,14 @@ def _check_missing(
     groups: Sequence[Group],
     pairs: Sequence[Pair],
     missing: Sequence[Pair],
-    own: dict[Any, StateDict],
+    ours: dict[Any, StateDict],
     notes: Sequence[Notes],
 ) -> None:
     """Raise ValueError for an EMA that is lost, not for one that never was."""
     listed = {(i, position) for i, note in enumerate(notes) for position in note.without or ()}
     lost = [pair for pair in missing if (pair.group, pair.position) not in listed]
     # Names in another order (a distributed load goes by name): then only their number is known.
-    moved = any((p.group, p.position) in listed and p.key in own for p in pairs)
+    moved = any((p.group, p.position) in listed and p.key in ours for p in pairs)
     if lost and not (moved and len(missing) <= len(listed)):
         raise ValueError(
             f"ema of {_label(groups, lost[0])} must be in the checkpoint like that of the other "
@@ -226,7 +226,7 @@ def _texts(
     for pair in pairs:
         if pair.param in slots:
             params[pair.group].append(pair.param)
-    return [(own, note.model) for own, note in zip(params, notes, strict=True)]
+    return [(ours, note.model) for ours, note in zip(params, notes, strict=True)]
 
 
 def _clock(state_dict: Mapping[str, Any], entries: Sequence[_Entry]) -> int:

@@ -51,15 +51,15 @@ class Bucket:
     @property
     def is_placeholder(self) -> bool:
         """Whether no average has begun; of all its slots or of none, see ``make_buckets``."""
-        return self.slots[0].updates == 0
+        return self.slots[0].age == 0
 
     def factor(self, every: int, after: int) -> float | None:
         """The factor of the update that the next counted step makes; None if it makes none."""
         tick = self.counter.steps + 1 - after
         if tick <= 0 or tick % every:
             return None
-        updates = self.slots[0].updates + 1
-        return decay_factor(self.decay, updates, min(every, updates))
+        age = self.slots[0].age + 1
+        return decay_factor(self.decay, age, min(every, age))
 
     def average(self, factor: float) -> None:
         """``ema <- factor * ema + (1 - factor) * weights``; the clock numbers the update."""
@@ -106,19 +106,19 @@ def make_buckets(
         for param in group["params"]:
             slot = slots.get(param)
             if slot is not None and param not in seen:
-                plain, updates, share = type(param) in PLAIN, slot.updates, slot.share
+                plain, age, share = type(param) in PLAIN, slot.age, slot.share
                 sharded = not plain and is_sharded(param)
                 # Quantized weights are dense one at a time: each has a bucket of its own.
                 alone = id(param) if not plain and is_quantized(param) else None
                 kind = (place_of(param), place_of(slot.ema), slot.format, sharded, alone)
                 # A constant decay applies the same factor at every age but the first stride's.
-                age = updates if callable(decay) else min(updates, every)
+                stage = age if callable(decay) else min(age, every)
                 source = id(decay) if callable(decay) else decay
-                counter = Counter(clock, updates, share)
+                counter = Counter(clock, age, share)
                 made = Bucket(decay, counter, slot.format, sharded, alone is not None)
-                key = (*kind, source, clock, age, share == 0.0)
+                key = (*kind, source, clock, stage, share == 0.0)
                 bucket = buckets.setdefault(key, made)
-                slot.count_with(bucket.counter, updates, share)
+                slot.count_with(bucket.counter, age, share)
                 bucket.add(param, slot, first + first_element(param) if sharded else first)
             seen.add(param)
             first += 0 if slot is None and is_lazy(param) else param.numel()

@@ -48,7 +48,7 @@ class AveragedBuffers:
     """
 
     def __init__(self, wanted: Wanted) -> None:
-        self.wanted = check_use_buffers(wanted)
+        self.wanted = as_use_buffers(wanted)
         self._seen: dict[str, Tensor] = {}
 
     def find(self, model: nn.Module, shadow: ShadowSet, anew: bool = False) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class AveragedBuffers:
         self._seen = found
 
 
-def check_use_buffers(wanted: object) -> Wanted:
+def as_use_buffers(wanted: object) -> Wanted:
     """Return ``wanted`` if it says which buffers are averaged; raise TypeError."""
     if isinstance(wanted, bool):
         return wanted

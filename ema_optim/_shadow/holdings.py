@@ -106,7 +106,7 @@ class Holdings(Settings):
     def ema_of(self, param: Tensor) -> Tensor:
         """The EMA weights of a parameter, wherever they are now; the weights before averaging."""
         slot = self.find(param)
-        if slot is None or not slot.updates:
+        if slot is None or not slot.age:
             return dense(param.detach())
         return value_of(self._main_of(param, slot), slot.low)
 

@@ -111,10 +111,10 @@ def _whole(shadow: ShadowSet, param: Tensor) -> Tensor:
 
 def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, options: Options) -> Slot:
     old = shadow.find(param)
-    steps, updates = (shadow.step, 0) if old is None else (old.counter.steps, old.updates)
+    steps, age = (shadow.step, 0) if old is None else (old.counter.steps, old.age)
     slot = shadow.new_slot(param, options, (value, None))
     # No share: none of what was loaded is this run's initial weights.
-    slot.set_counts(max(steps, shadow.update_after_step + 1), max(1, updates), share=0.0)
+    slot.set_counts(max(steps, shadow.update_after_step + 1), max(1, age), share=0.0)
     return slot
 
 

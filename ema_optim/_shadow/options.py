@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .._arithmetic.formats import FORMATS, EMADtype, Format, format_of
 from .._engines.sharding import check_layout, refuse_flat
 from .._warnings import warn
-from ..schedules import Decay, check_decay
+from ..schedules import Decay, as_decay
 from .mistakes import for_optimizer
 from .slots import Group
 
@@ -66,14 +66,14 @@ def ema_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def check_group_decay(decay: object) -> float:
+def as_group_decay(decay: object) -> float:
     """A group's own ``ema_decay`` is a float: schedules belong to the whole optimizer."""
     if callable(decay):
         raise TypeError(
             "ema_decay of a param group must be a float, got a callable: pass a schedule as decay="
         )
     try:
-        return float(check_decay(decay))  # type: ignore[arg-type]
+        return float(as_decay(decay))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise type(error)(f"ema_decay of a param group: {error}") from None
 
@@ -89,7 +89,7 @@ def warn_of_tau(decay: object) -> None:
         )
 
 
-def check_count(name: str, value: int, least: int) -> int:
+def as_count(name: str, value: int, least: int) -> int:
     """Return ``value`` if it is an int of at least ``least``; raise TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int (optimizer steps), got {value!r}")
@@ -98,7 +98,7 @@ def check_count(name: str, value: int, least: int) -> int:
     return value
 
 
-def check_dtype(dtype: object, what: str = "dtype") -> EMADtype:
+def as_dtype(dtype: object, what: str = "dtype") -> EMADtype:
     """Return ``dtype`` if an EMA can be stored so; raise TypeError or ValueError."""
     if dtype is not None and not isinstance(dtype, (torch.dtype, str)):
         raise TypeError(f"{what} must be a torch.dtype, a format's name or None, got {dtype!r}")
@@ -112,7 +112,7 @@ def check_dtype(dtype: object, what: str = "dtype") -> EMADtype:
     return dtype
 
 
-def check_module(module: nn.Module | None) -> nn.Module | None:
+def as_module(module: nn.Module | None) -> nn.Module | None:
     """Return ``module`` if it is one or None; raise TypeError."""
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module or None, got {type(module)}")
@@ -122,8 +122,8 @@ def check_module(module: nn.Module | None) -> nn.Module | None:
 def check_options(group: Group) -> None:
     """Raise TypeError or ValueError for a param group's own EMA options."""
     if group.get("ema_decay") is not None:
-        check_group_decay(group["ema_decay"])
-    check_dtype(group.get("ema_dtype"), "ema_dtype of a param group")
+        as_group_decay(group["ema_decay"])
+    as_dtype(group.get("ema_dtype"), "ema_dtype of a param group")
     if not isinstance(group.get("ema_enabled", True), bool):
         raise TypeError(f"ema_enabled must be True or False, got {group['ema_enabled']!r}")
 

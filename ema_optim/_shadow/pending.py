@@ -102,7 +102,7 @@ def _plain(params: Iterable[Tensor]) -> list[Tensor]:
 def _holds_ema(shadow: ShadowSet, held: Held) -> bool:
     params = [param for params, _ in held.groups.values() for param in params]
     found = ((param, shadow.find(param)) for param in params)
-    averaged = [(param, slot) for param, slot in found if slot is not None and slot.updates]
+    averaged = [(param, slot) for param, slot in found if slot is not None and slot.age]
     for param, slot in averaged:
         shown = torch.empty_like(param, requires_grad=False)
         with no_autograd():

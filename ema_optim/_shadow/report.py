@@ -47,7 +47,7 @@ def _distance(shadow: ShadowSet, params: Sequence[Tensor]) -> float:
 def _sample(shadow: ShadowSet, param: Tensor) -> tuple[Tensor, Tensor, float]:
     """A part of the EMA and of the weights of a parameter, and what one element stands for."""
     slot, weights = shadow.find(param), local(dense(shadow.weights_of(param)))
-    if slot is None or slot.low is None or not slot.updates:
+    if slot is None or slot.low is None or not slot.age:
         (ema, weights), scale = sample_of((local(shadow.ema_of(param)), weights), shadow.step)
         return ema, weights, scale
     stored = local(shadow.main_of(param)), local(slot.low), weights
@@ -95,19 +95,19 @@ def warn_of_run(shadow: ShadowSet, steps: float) -> None:
     total = shadow.step + steps - shadow.update_after_step
     if not shadow.update_every <= total < math.inf:
         return
-    decay, updates = shadow.decay, int(total) // shadow.update_every * shadow.update_every
+    decay, covered = shadow.decay, int(total) // shadow.update_every * shadow.update_every
     share = max((s.share for s in shadow.counted().values()), default=1.0)
-    left = min(updates, int(steps))
-    share = initial_share(decay, updates) if callable(decay) else share * decay**left
+    left = min(covered, int(steps))
+    share = initial_share(decay, covered) if callable(decay) else share * decay**left
     if share > _SHARE_LIMIT:
         for kind in ("swap", "export"):  # it is told once
             shadow.warned.add(kind)
         shadow.warned.once(
             "run",
             f"the EMA will still hold {share:.0%} of the initial weights at the end of this run: "
-            f"decay {decay} over {updates} steps. Leave decay out of the callback, which then "
-            f"chooses it, pass compute_optimal_decay({updates}) (here "
-            f"{compute_optimal_decay(updates):.6g}), a warm-up (warmup_decay) or update_after_step",
+            f"decay {decay} over {covered} steps. Leave decay out of the callback, which then "
+            f"chooses it, pass compute_optimal_decay({covered}) (here "
+            f"{compute_optimal_decay(covered):.6g}), a warm-up (warmup_decay) or update_after_step",
         )
 
 
@@ -138,7 +138,7 @@ def warn_non_finite(shadow: ShadowSet, counted: Mapping[Tensor, Slot]) -> None:
 
 
 def _warn_share(shadow: ShadowSet, kind: str, worst: Slot) -> None:
-    made = worst.updates // shadow.update_every
+    made = worst.age // shadow.update_every
     shadow.warned.once(
         kind,
         f"the EMA still holds {worst.share:.0%} of the initial weights: decay "

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._arithmetic.formats import EMADtype
-from ..schedules import Decay, check_decay, initial_share
-from .options import Options, check_count, check_dtype, check_module
+from ..schedules import Decay, as_decay, initial_share
+from .options import Options, as_count, as_dtype, as_module
 from .slots import Group, Slot
 
 
@@ -37,11 +37,11 @@ class Settings:
         sees_steps: bool = True,
     ) -> None:
         self.source = source
-        self.decay = check_decay(decay)
-        self.update_every = check_count("update_every", update_every, least=1)
-        self.update_after_step = check_count("update_after_step", update_after_step, least=0)
-        self.dtype = check_dtype(dtype)
-        self.module = check_module(module)
+        self.decay = as_decay(decay)
+        self.update_every = as_count("update_every", update_every, least=1)
+        self.update_after_step = as_count("update_after_step", update_after_step, least=0)
+        self.dtype = as_dtype(dtype)
+        self.module = as_module(module)
         self.sees_steps = sees_steps
         self._share: tuple[Any, float] | None = None
 
@@ -61,21 +61,21 @@ class Settings:
 
     def ema_step(self, slot: Slot) -> int:
         """The counter of one slot in optimizer steps, as checkpoints hold it."""
-        return min(slot.counter.steps, self.update_after_step) + slot.updates
+        return min(slot.counter.steps, self.update_after_step) + slot.age
 
     def counter_at(self, ema_step: int, step: int, decay: float | None) -> tuple[int, float]:
         """Updates and share that a checkpoint's counter stands for when the clock shows ``step``.
 
         ``decay`` is the group's own, if it has one.
         """
-        updates = max(0, ema_step - min(step, self.update_after_step))
-        made = updates // self.update_every * self.update_every
+        age = max(0, ema_step - min(step, self.update_after_step))
+        made = age // self.update_every * self.update_every
         source = self.decay if decay is None else decay
         key = (id(source) if callable(source) else source, made)
         # Remembered: a slowly forgetting schedule is multiplied out, once and not per parameter.
         if self._share is None or self._share[0] != key:
             self._share = key, initial_share(source, made)
-        return updates, self._share[1]
+        return age, self._share[1]
 
     def options_by_param(self) -> dict[Tensor, Options]:
         """The options of every parameter in the param groups."""

@@ -222,7 +222,7 @@ class ShadowSet(Holdings):
         here = {id(p): g.get("ema_enabled", True) for g in self.groups for p in g["params"]}
         absent = self.sees_steps  # else the source is a whole model
         slots = self.all_slots().items()
-        return {p: slot for p, slot in slots if slot.updates and here.get(id(p), absent)}
+        return {p: slot for p, slot in slots if slot.age and here.get(id(p), absent)}
 
     def clock_of(self, group: Group) -> int:
         """The clock of a param group: how many of its steps were counted."""
@@ -262,7 +262,7 @@ class ShadowSet(Holdings):
     def waits(self, slot: Slot) -> bool:
         """Whether a slot holds no average yet, and will be seeded from the weights once more."""
         waits = self.sees_steps or slot.counter.steps < self.update_after_step
-        return waits and not slot.updates
+        return waits and not slot.age
 
     def renew_placeholders(self) -> None:
         """Have placeholders hold the weights of this moment, as a checkpoint is to show them.

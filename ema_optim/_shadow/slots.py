@@ -32,18 +32,18 @@ class Counter:
 
     Attributes:
         steps: The clock of their param group: its counted optimizer steps.
-        updates: Counted steps since averaging began.
+        age: Counted steps since averaging began.
         share: The share of the initial weights that is still inside the EMA.
     """
 
     steps: int = 0
-    updates: int = 0
+    age: int = 0
     share: float = 1.0
 
     def tick(self, update_after_step: int) -> None:
         """Count one step."""
         self.steps += 1
-        self.updates += self.steps > update_after_step
+        self.age += self.steps > update_after_step
 
 
 @dataclass(eq=False, slots=True)
@@ -58,7 +58,7 @@ class Slot:
             them by exchange (another dtype, quantized, memory shared with another parameter).
         format: How it is stored.
         counter: Shared with the other slots of its bucket.
-        ahead: By how much ``updates`` is larger than the counter's.
+        ahead: By how much ``age`` is larger than the counter's.
         ratio: By what factor ``share`` is larger than the counter's.
     """
 
@@ -92,27 +92,27 @@ class Slot:
             self.parked = copy_like(param, weights)
 
     @property
-    def updates(self) -> int:
+    def age(self) -> int:
         """Counted steps since averaging began for this parameter.
 
         0 marks a placeholder, which is seeded again from the weights.
         """
-        return self.counter.updates + self.ahead
+        return self.counter.age + self.ahead
 
     @property
     def share(self) -> float:
         """The share of the initial weights that is still inside the EMA."""
         return self.counter.share * self.ratio
 
-    def count_with(self, counter: Counter, updates: int, share: float) -> None:
+    def count_with(self, counter: Counter, age: int, share: float) -> None:
         """Go on from these counts with a counter that was made for a slot of the same kind."""
-        self.ahead = updates - counter.updates
+        self.ahead = age - counter.age
         self.ratio = share / counter.share if share != counter.share else 1.0
         self.counter = counter
 
-    def set_counts(self, steps: int, updates: int, share: float) -> None:
+    def set_counts(self, steps: int, age: int, share: float) -> None:
         """Count from given numbers on, apart from other slots."""
-        self.counter, self.ahead, self.ratio = Counter(steps, updates, share), 0, 1.0
+        self.counter, self.ahead, self.ratio = Counter(steps, age, share), 0, 1.0
 
 
 def stored(param: Tensor, value: Tensor, format: Format) -> Parts:

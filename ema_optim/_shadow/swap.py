@@ -288,6 +288,6 @@ def _all_equal(swapped: Slots) -> bool:
 def _forgets_all(shadow: ShadowSet) -> bool:
     # With a decay of 0 in force (also the first update of a debiased schedule) the EMA equals the
     # weights rightly.
-    updates = max(slot.updates for slot in shadow.swapped.values())
+    updates = max(slot.age for slot in shadow.swapped.values())
     enabled = (o for o in map(shadow.options.of, shadow.groups) if o.enabled)
     return all(decay_factor(options.decay, updates, 1) == 0.0 for options in enabled)

@@ -115,7 +115,7 @@ def _weights(shadow: ShadowSet, param: Tensor) -> Tensor:
     slot = shadow.find(param)
     if slot is not None:
         _check_slot(param, slot)
-    if slot is None or not slot.updates:
+    if slot is None or not slot.age:
         return param.detach() if param.requires_grad else param
     return slot.ema if slot.ema.dtype == param.dtype else slot.ema.to(param.dtype)
 

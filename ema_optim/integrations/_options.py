@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .._arithmetic.formats import EMADtype
-from .._shadow.options import check_count, check_dtype, same_option
+from .._shadow.options import as_count, as_dtype, same_option
 from .._warnings import log
 from ..optimizer import EMAOptimizer
-from ..schedules import Decay, Schedule, check_decay, compute_optimal_decay, warmup_decay
+from ..schedules import Decay, Schedule, as_decay, compute_optimal_decay, warmup_decay
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +31,10 @@ class EMAOptions:
 
     def __post_init__(self) -> None:
         if self.decay is not None and self.decay != "auto":
-            check_decay(self.decay)
-        check_count("update_every", self.update_every, least=1)
-        check_count("update_after_step", self.update_after_step, least=0)
-        check_dtype(self.dtype)
+            as_decay(self.decay)
+        as_count("update_every", self.update_every, least=1)
+        as_count("update_after_step", self.update_after_step, least=0)
+        as_dtype(self.dtype)
 
     @property
     def chooses(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from ema_optim import EMAOptimizer, schedules
 from ema_optim.schedules import (
-    check_decay,
+    as_decay,
     compute_optimal_decay,
     debiased_decay,
     decay_factor,
@@ -454,8 +454,8 @@ def test_initial_share_stops_once_nothing_is_left():
 
 @pytest.mark.parametrize("decay", [0, 1, 0.0, 0.999, 1.0])
 def test_check_decay_returns_numbers_as_floats(decay):
-    assert check_decay(decay) == decay
-    assert type(check_decay(decay)) is float
+    assert as_decay(decay) == decay
+    assert type(as_decay(decay)) is float
 
 
 def test_check_decay_calls_a_schedule_once_with_one_and_returns_it():
@@ -465,7 +465,7 @@ def test_check_decay_calls_a_schedule_once_with_one_and_returns_it():
         calls.append(update)
         return 0.5
 
-    assert check_decay(schedule) is schedule
+    assert as_decay(schedule) is schedule
     assert calls == [1]
 
 
@@ -498,7 +498,7 @@ def test_schedules_may_return_any_real_scalar(value):
     ],
 )
 @pytest.mark.parametrize(
-    "use", [check_decay, lambda decay: decay_factor(decay, 1, 1), lambda d: initial_share(d, 1)]
+    "use", [as_decay, lambda decay: decay_factor(decay, 1, 1), lambda d: initial_share(d, 1)]
 )
 def test_whatever_reads_a_schedule_checks_what_it_returns(use, value, exception, message):
     with pytest.raises(exception, match=message):
@@ -525,7 +525,7 @@ UNIT_INTERVAL = [
 @pytest.mark.parametrize(
     ("function", "name"),
     [
-        (check_decay, "decay"),
+        (as_decay, "decay"),
         (debiased_decay, "decay"),
         (warmup_decay, "max_decay"),
         (inverse_gamma_decay, "max_decay"),
@@ -543,7 +543,7 @@ SAMPLES = {"half_life": 1000, "batch_size": 10}
 @pytest.mark.parametrize(
     ("function", "kwargs", "exception", "message"),
     [
-        (check_decay, {"decay": torch.tensor(0.9)}, TypeError, "float or a callable, got tensor"),
+        (as_decay, {"decay": torch.tensor(0.9)}, TypeError, "float or a callable, got tensor"),
         (inverse_gamma_decay, {"max_decay": 0.5, "min_decay": 0.6}, ValueError, r"\[0, 0.5\]"),
         (inverse_gamma_decay, {"max_decay": 0.5, "min_decay": -0.1}, ValueError, "min_decay must"),
         (inverse_gamma_decay, {"max_decay": 0.5, "min_decay": "0"}, TypeError, "min_decay must"),
