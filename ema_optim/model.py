@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arithmetic.formats import EMADtype
-from ._checkpoint import layout, read
+from ._checkpoint import layout, model_form, read
 from ._engines import adapters
 from ._shadow import mistakes, names, report, swap, teacher
 from ._shadow.blocks import as_block
@@ -290,7 +290,7 @@ class EMAModel:
         """
         self._refuse_in_block("load_state_dict()")
         groups = self._saved_groups()
-        _check_names(groups, state_dict)
+        model_form.check_names(groups, state_dict)
         # By name, not by position: the order of a model's modules may change.
         named = [{**g, "params": list(g["param_names"])} for g in groups]
         pairs = zip(state_dict["param_groups"], named, strict=False)  # buffers may be left out
@@ -326,33 +326,3 @@ class EMAModel:
         """For pickle and deepcopy."""
         swap.recover(self._ema)
         return self.__dict__
-
-
-def _check_names(groups: list[Group], state_dict: Mapping[str, Any]) -> None:
-    read.check_form(state_dict)
-    if any(group.get("ema_swapped") for group in state_dict["param_groups"]):
-        raise ValueError(
-            "the checkpoint must not be written while swapped, got ema_swapped=True: load it into "
-            "the EMAOptimizer that wrote it, call train() and save again"
-        )
-    wanted = {name for group in groups for name in group["param_names"]}
-    given = {name for group in state_dict["param_groups"] for name in group["params"]}
-    if missing := sorted(wanted - given):
-        raise ValueError(f"the checkpoint must have every name of the model, it lacks {missing}")
-    if unknown := sorted(given - wanted - _buffer_names(state_dict)):
-        raise ValueError(
-            f"the checkpoint must have the names of the model alone, got {unknown} too: build the "
-            "EMAModel of the same model as when it was saved"
-        )
-    for group in state_dict["param_groups"]:
-        for name in group.get("ema_params", ()):
-            if name in wanted and "ema" not in state_dict["state"].get(name, ()):
-                raise ValueError(
-                    f"ema of {name} must be in the checkpoint, got none: the checkpoint is damaged"
-                )
-
-
-def _buffer_names(state_dict: Mapping[str, Any]) -> set[str]:
-    # An EMAModel saves its parameters as the first group and its buffers as the second.
-    own = [group for group in state_dict["param_groups"][1:] if "ema_params" in group]
-    return {name for group in own for name in group["params"]}

@@ -145,7 +145,7 @@ _REFUSED = {
     "sharded": "a live teacher needs whole weights, got weights that are sharded (FSDP2), which "
     f"gather their own at every forward: {_SWAP} and before the student's forward",
     "scripted": "a live teacher needs a module of Python, got a torch.jit.ScriptModule, whose "
-    f"weights cannot be stood in for: {_SWAP}",
+    "weights cannot be stood in for: load get_ema_state() into a second one",
     "format": "a live teacher needs EMA tensors that are weights as they are, got a narrow storage "
     f"format: leave dtype out (or torch.float32), or {_SWAP}",
     "quantized": "a live teacher needs weights of floats, got quantized ones, into which an EMA is "
