@@ -117,7 +117,7 @@ def answer(pipe):
 
 def module_of(file):
     """The module of a file, under its own name, as the other files import it."""
-    name = Path(file).stem
+    name = Path(file).stem  # unique among all folders of tests
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = importlib.util.module_from_spec(spec)

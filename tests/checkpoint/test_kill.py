@@ -46,6 +46,16 @@ def start(folder, steps=150):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ)
 
 
+def kill(process, random):
+    """In the middle of a step or of a save."""
+    for _ in range(random.randrange(5, 40)):
+        process.stdout.readline()
+    time.sleep(random.random() * 0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_killed_runs_resume_bit_for_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
@@ -53,13 +63,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path):
     uninterrupted = start(whole)
     moments = random.Random(0)
     for _ in range(3):
-        process = start(killed)
-        for _ in range(moments.randrange(5, 40)):
-            process.stdout.readline()
-        time.sleep(moments.random() * 0.01)  # into the middle of a step or of a save
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        kill(start(killed), moments)
     for process in (uninterrupted, start(killed)):
         process.communicate(timeout=120)
         assert process.returncode == 0

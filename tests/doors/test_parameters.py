@@ -138,15 +138,9 @@ def test_model_cast_in_training_keeps_its_fp32_ema():
 
 def test_group_options_override_the_optimizers_decay():
     params = [param(3) for _ in range(3)]
-    inner = SGD(
-        [
-            {"params": params[:1], "ema_decay": 0.25},
-            {"params": params[1:2], "ema_enabled": False},
-            {"params": params[2:]},
-        ],
-        lr=0.1,
-    )
-    optimizer = EMAOptimizer(inner, 0.75)
+    own = [{"ema_decay": 0.25}, {"ema_enabled": False}, {}]
+    groups = [{"params": [p], **options} for p, options in zip(params, own, strict=True)]
+    optimizer = EMAOptimizer(SGD(groups, lr=0.1), 0.75)
     references = Reference(params[:1], 0.25), Reference(params[2:], 0.75)
     for _ in range(4):
         train(optimizer)

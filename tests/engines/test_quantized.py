@@ -1,13 +1,12 @@
 """torchao's int8 training: parameters of codes and scales, an EMA of plain tensors."""
 
 import copy
-import io
 import warnings
 
 import pytest
 import torch
 from ranks import on_ranks
-from reference import Reference, same
+from reference import Reference, same, through_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -64,7 +63,7 @@ class Run:
     def save(self):
         generators = self.random.get_state(), torch.get_rng_state()
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return through_file(state), generators
+        return through_file(state, Int8), generators
 
     def load(self, state, generators):
         self.model.load_state_dict(state["model"])
@@ -83,14 +82,6 @@ def plain(value):
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def through_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    with torch.serialization.safe_globals([Int8]):  # as for the model's own state dict
-        return torch.load(buffer, weights_only=True)
 
 
 def dense(params):
