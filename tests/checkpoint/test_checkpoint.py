@@ -61,8 +61,8 @@ def test_ema_is_right_while_an_exchange_is_pending(dtype, reader):
         got = again.optimizer.get_ema_state(again.model)
         assert same(got, expected)
         return
-    swap = again.optimizer.swap_ema_weights()
-    if reader == "swap":
+    swap = again.optimizer.swap_ema_weights() if reader == "swap" else None
+    if swap is not None:
         swap.__enter__()
     else:
         getattr(again.optimizer, reader)()
