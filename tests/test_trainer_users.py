@@ -13,7 +13,14 @@ from torch.optim import AdamW
 from trainers import DECAY, STEPS, Plain, Witness, close, fit, llama, lora, make, parameters, saves
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
-from ema_optim import EMACallback, EMAOptimizer, EMAWarning, compute_optimal_decay, warmup_decay
+from ema_optim import (
+    EMACallback,
+    EMAOptimizer,
+    EMAWarning,
+    _warnings,
+    compute_optimal_decay,
+    warmup_decay,
+)
 
 pytestmark = [
     # PEFT asks transformers for a name that transformers has renamed.
@@ -123,11 +130,8 @@ def test_both_follows_the_names_of_several_datasets(tmp_path):
 def test_other_callbacks_see_one_evaluation_of_both(tmp_path):
     stopping = EarlyStoppingCallback(early_stopping_patience=9)
     callback = EMACallback(DECAY, evaluate_with="both")
-    options = {**saves(4, evaluate=4), "metric_for_best_model": "loss", "load_best_model_at_end": 1}
-    with pytest.warns(
-        EMAWarning, match="best_model_checkpoint, whose best_metric is .* folder ema"
-    ):
-        trainer = fit(llama(), tmp_path, callback, stopping, **options)
+    options = {**saves(4, evaluate=4), "metric_for_best_model": "loss"}
+    trainer = fit(llama(), tmp_path, callback, stopping, load_best_model_at_end=True, **options)
     assert trainer.state.best_metric == min(losses(trainer.state.log_history, "eval_loss"))
 
 
@@ -141,6 +145,18 @@ def test_evaluate_with_set_later_takes_effect(tmp_path):
     assert witness.batches == ["training"] * 2 + ["ema"] * 2
     with pytest.raises(ValueError, match="evaluate_with must be 'ema', 'training' or 'both'"):
         callback.evaluate_with = "raw"
+
+
+@pytest.fixture
+def nothing_told(monkeypatch):
+    monkeypatch.setattr(_warnings, "_told", set())
+
+
+def test_metric_of_other_weights_than_the_best_checkpoints_is_told_once(tmp_path, nothing_told):
+    options = {**saves(4, evaluate=4), "metric_for_best_model": "loss"}
+    with pytest.warns(EMAWarning, match=r"best_model_checkpoint, whose .* in its folder ema"):
+        fit(llama(), tmp_path / "a", EMACallback(0.5), **options)
+    fit(llama(), tmp_path / "b", EMACallback(0.5), **options)
 
 
 def header(file):
@@ -198,8 +214,8 @@ class Hub:
 
 
 @pytest.mark.parametrize("weights", ["training", "ema"])
-def test_what_is_pushed_is_what_was_asked_for(tmp_path, monkeypatch, weights):
-    hub, callback = Hub(), EMACallback(DECAY, hub_weights=weights)
+def test_what_is_pushed_is_what_was_asked_for(tmp_path, monkeypatch, nothing_told, weights):
+    hub, callback = Hub(), EMACallback(0.5, hub_weights=weights)
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
     options = {"push_to_hub": True, "hub_model_id": "a/b", **saves(4)}
     trainer = make(llama(), tmp_path, callback, **options)
