@@ -6,9 +6,9 @@ from ema_optim import _warnings
 
 
 @pytest.fixture(autouse=True)
-def _small_decays_are_told_already(monkeypatch):
-    # They keep tests of a few steps short; test_logs.py has the warning.
-    monkeypatch.setattr(_warnings, "_told", {"tau"})
+def _some_things_are_told_already(monkeypatch):
+    # Small decays keep tests of a few steps short. These warnings have tests of their own.
+    monkeypatch.setattr(_warnings, "_told", {"tau", "folders"})
 
 
 @pytest.fixture(autouse=True)

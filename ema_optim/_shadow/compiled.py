@@ -21,7 +21,7 @@ from torch.optim import LBFGS, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .._engines.sharding import is_sharded
-from .._warnings import warn
+from .._warnings import log, warn
 from .buckets import Bucket
 from .holdings import no_autograd
 from .lanes import Lane
@@ -50,7 +50,7 @@ class CompiledStep:
         self._graph: Callable[..., Any] = torch.compile(
             _of_its_own(_step_and_average), fullgraph=True, **options
         )
-        self._failed = False
+        self._failed = self._traced = False
         self._stateless: set[Tensor] = set()  # parameters without inner state, before a step
         self._scalars: dict[tuple[Any, ...], Tensor] = {}
         self._warned: set[str] = set()
@@ -103,8 +103,19 @@ class CompiledStep:
                 (bucket.emas, bucket.params, self._rate(index, bucket, factor))
                 for index, (bucket, factor) in enumerate(updates)
             ]
+            self._log_first(inner, updates)
             with torch.profiler.record_function(name), _settings(_params(inner)):
                 return self._graph(undecorated_step(inner), inner, averages)
+
+    def _log_first(self, inner: Optimizer, updates: Plan) -> None:
+        if not self._traced:
+            self._traced = True
+            count, kind = sum(len(bucket.emas) for bucket, _ in updates), type(inner).__name__
+            log(
+                "compiling the step of %s and the EMA of %s tensors: seconds to minutes",
+                kind,
+                count,
+            )
 
     def _is_ready(self, inner: Optimizer) -> bool:
         params = [param for param in _params(inner) if param.grad is not None]

@@ -22,7 +22,8 @@ from .._engines.sharding import is_sharded
 from .._shadow import names
 from .._shadow.holdings import no_autograd
 from .._shadow.slots import read_
-from .._warnings import warn
+from .._version import __version__
+from .._warnings import log, warn
 from ..optimizer import EMAOptimizer
 
 
@@ -61,17 +62,60 @@ def written_aside(checkpoint: str, writes: bool = True) -> Iterator[str]:
         shutil.rmtree(aside)
 
 
-def save_model(model: Any, folder: str, writes: bool = True) -> None:
+def metadata(optimizer: EMAOptimizer, step: int) -> dict[str, str]:
+    """What the header of a file says of the EMA weights in it, as ``export_ema`` has it."""
+    shadow = optimizer._ema
+    told = {"ema_step": shadow.step, "ema_decay": shadow.decay_in_force(), "ema_global_step": step}
+    return {"ema_optim": __version__, **{name: str(value) for name, value in told.items()}}
+
+
+@contextmanager
+def marked(header: Mapping[str, str]) -> Iterator[None]:
+    """Add to the header of every safetensors file that is written inside.
+
+    The models' and PEFT's own ``save_pretrained`` write the files, in shards and under names that
+    they alone know, and take no metadata; a header that is changed later moves all bytes behind it.
+    """
+    library: Any = safetensors.torch
+    written = library.serialize_file
+
+    def serialize_file(tensors: Any, filename: Any, metadata: Any = None) -> None:
+        written(tensors, filename, metadata={**(metadata or {}), **header})
+
+    library.serialize_file = serialize_file
+    try:
+        yield
+    finally:
+        library.serialize_file = written
+
+
+def save_model(model: Any, folder: str, header: Mapping[str, str], writes: bool = True) -> None:
     """Write the weights that are in the model now, so that ``from_pretrained`` finds them.
 
     Args:
         model: The model; where it is sharded, every rank calls this.
         folder: Where to write.
+        header: What the files say of their weights.
         writes: Whether this rank is the one that writes.
     """
     whole = _whole_state(model) if sharded(model) else None
-    if not writes:
-        return
+    if writes:
+        with marked(header):
+            _write(model, folder, whole)
+        _add_to_card(os.path.join(folder, "README.md"), header)
+        log("EMA weights of step %s in %s", header["ema_global_step"], folder)
+
+
+def _add_to_card(file: str, header: Mapping[str, str]) -> None:
+    told = "".join(f"- {name}: {value}\n" for name, value in header.items())
+    with open(file, "a", encoding="utf-8") as card:  # PEFT has begun one
+        card.write(
+            "\n# EMA weights\n\nThe weights in this folder are an exponential moving average over "
+            f"the training, kept by ema_optim; `from_pretrained` loads them.\n\n{told}"
+        )
+
+
+def _write(model: Any, folder: str, whole: dict[str, Any] | None) -> None:
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, **({} if whole is None else {"state_dict": whole}))
         return

@@ -1,7 +1,8 @@
 """``EMACallback``: the EMA of the weights in the Hugging Face ``Trainer``."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -23,6 +24,7 @@ except ImportError as error:
 from . import _pretrained
 from . import _trainer_logs as _logs
 from ._options import EMAOptions
+from ._trainer_hub import check_strategy, push_ema, warn_of_folders
 from ._trainer_optimizer import (
     TrainerEMAOptimizer,
     check_optimizer,
@@ -67,6 +69,8 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             set later.
         save_ema: Whether every checkpoint gets a folder ``checkpoint-N/ema`` that
             ``from_pretrained`` deploys (with PEFT ``checkpoint-N/ema/adapter``). Default True.
+        hub_weights: "training" or "ema", the weights that ``push_to_hub`` pushes, by itself
+            (``hub_strategy="every_save"``) and as ``trainer.push_to_hub()``.
 
     Raises:
         RuntimeError: At the start of a training under FSDP2 whose optimizer is no EMAOptimizer: the
@@ -86,11 +90,21 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         dtype: EMADtype = None,
         evaluate_with: Literal["ema", "training", "both"] = "ema",
         save_ema: bool = True,
+        hub_weights: Literal["training", "ema"] = "training",
     ) -> None:
         super().__init__()
+        if hub_weights not in ("training", "ema"):
+            raise ValueError(f"hub_weights must be 'training' or 'ema', got {hub_weights!r}")
+        if hub_weights == "ema" and not save_ema:
+            raise ValueError(
+                "hub_weights='ema' must find the EMA weights in the checkpoint, got "
+                "save_ema=False: leave it out"
+            )
         self.options = EMAOptions(decay, update_every, update_after_step, dtype)
         self.optimizer: EMAOptimizer | None = None
         self.evaluate_with, self.save_ema = evaluate_with, save_ema
+        self.hub_weights = hub_weights
+        self._saved = ""  # the checkpoint beside which the EMA weights were written last
         self._trainer: Any = None  # a weak reference to the Trainer of the last training
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,18 +133,38 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
                 "load_best_model_at_end must find the EMA weights in the checkpoint, got "
                 "save_only_model=True and save_ema=False: set one of them back"
             )
+        if self.hub_weights == "ema":
+            check_strategy(args)
         refuse_engines(kwargs["optimizer"], args)
         check_optimizer(kwargs["optimizer"].optimizer, kwargs["model"])
         self.model, self._trainer = kwargs["model"], running_trainer()
         self.optimizer = self._find_or_wrap(kwargs["optimizer"], state)
         self.optimizer.train()  # an earlier evaluation may have failed half-way
-        self._original, self._holds_best = {}, False
+        self._original, self._holds_best, self._saved = {}, False, ""
         self._written()
         _logs.put_first(self._trainer, self)
         if self._loaded is not None and not state.global_step:
             self._hand_over(self._loaded)
         self._loaded = None
+        self._begin_pushing(args, state, control, kwargs)
         report.warn_of_run(self.optimizer._ema, state.max_steps - state.global_step)
+
+    def _begin_pushing(self, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
+        if self.evaluate_with != "training":
+            warn_of_folders(args, self.hub_weights, self.save_ema)
+        trainer = None if self._trainer is None else self._trainer()
+        if self.hub_weights == "ema" and args.push_to_hub and trainer is not None:
+            save = partial(self.on_save, args, state, control, **kwargs)
+            push_ema(trainer, partial(self._in_model, state), save)
+
+    @contextmanager
+    def _in_model(self, state: Any) -> Iterator[None]:
+        """The EMA weights in the model, and told of in the files that are written."""
+        assert self.optimizer is not None
+        header = _pretrained.metadata(self.optimizer, state.global_step)
+        swaps = not self._holds_ema(self.optimizer)
+        with self.optimizer.swap_ema_weights(swaps), _pretrained.marked(header):
+            yield
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the training weights back after the last batch: not every loop ends in an event."""
@@ -187,6 +221,9 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             return
         model, checkpoint = kwargs["model"], f"checkpoint-{state.global_step}"
         checkpoint = os.path.join(self._run_folder(args), checkpoint)
+        if checkpoint == self._saved:
+            return  # before it was pushed
+        self._saved = checkpoint
         writes = args.should_save and _pretrained.is_there(checkpoint)
         if not writes and not _pretrained.sharded(model):
             return
@@ -194,7 +231,8 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         aside_of = _pretrained.written_aside(checkpoint, writes)
         with self.optimizer.swap_ema_weights(), aside_of as aside:
             folder = _pretrained.ema_folder(model, aside)
-            _pretrained.save_model(model, folder, writes)
+            header = _pretrained.metadata(self.optimizer, state.global_step)
+            _pretrained.save_model(model, folder, header, writes)
             if writes and kwargs.get("processing_class") is not None:
                 kwargs["processing_class"].save_pretrained(folder)
 
