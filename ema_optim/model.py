@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ._arithmetic.formats import EMADtype
 from ._checkpoint import layout, model_form, read
+from ._door import Door
 from ._engines import adapters
 from ._shadow import mistakes, names, report, swap, teacher
 from ._shadow.blocks import as_block
@@ -21,7 +22,7 @@ from ._shadow.swap_state import Mode
 from .schedules import Decay
 
 
-class EMAModel:
+class EMAModel(Door):
     """Keep an exponential moving average (EMA) of a model's weights beside the model.
 
     ``ema = decay * ema + (1 - decay) * weights`` at every update; the EMA begins at the weights
@@ -55,7 +56,7 @@ class EMAModel:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: A value is out of its range, or no parameter requires a gradient.
+        ValueError: A value is out of its range.
 
     Example:
         >>> ema = EMAModel(model, decay=0.999)
@@ -113,23 +114,13 @@ class EMAModel:
         if self._ema.mode is not Mode.TRAIN:
             return self.model(*args, **kwargs)
         adapters.refuse_merged(self.model)
-        self._source.look(self._ema)
+        self._look()
         return teacher.forward(self._ema, self.model, args, kwargs)
-
-    @property
-    def decay(self) -> Decay:
-        """The decay, as given at construction: a float or a schedule."""
-        return self._ema.decay
 
     @property
     def use_buffers(self) -> Wanted:
         """Which buffers are averaged, as given at construction."""
         return self._source.buffers.wanted
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the EMA weights are in the model now."""
-        return bool(self._ema.swapped)
 
     def reset(self) -> None:
         """Begin anew from the model's weights, for weights loaded after construction.
@@ -152,7 +143,7 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("update()")
-        self._source.look(self._ema)
+        self._look()
         with self._ema.swap.alone("update()"):
             swap.refuse_others(self._ema, "update()")
             self._ema.finish_step(self._ema.begin_step())
@@ -190,7 +181,7 @@ class EMAModel:
             return
         self._refuse_in_block("use_ema()")
         adapters.refuse_merged(self.model)
-        self._source.look(self._ema)
+        self._look()
         with swap.block(self._ema, "use_ema()", self.model):
             held = HeldBuffers(self.model)
             try:
@@ -204,20 +195,6 @@ class EMAModel:
             adapters.raise_unmerged()
 
     swap_ema_weights = use_ema
-
-    def apply_ema(self) -> None:
-        """Make the EMA weights the model's weights, one way (the EMA stays as it is).
-
-        Inside ``use_ema()`` nothing is swapped back then.
-
-        Raises:
-            RuntimeError: Another object has its EMA weights in the model.
-        """
-        swap.recover(self._ema)
-        self._source.look(self._ema)
-        swap.refuse_others(self._ema, "apply_ema()")
-        report.warn_export(self._ema)
-        swap.apply(self._ema)
 
     def get_ema_state(
         self, *, device: torch.device | str | None = None, copy: bool = True
@@ -235,7 +212,7 @@ class EMAModel:
         if not copy:
             self._refuse_in_block("get_ema_state(copy=False)")
         swap.recover(self._ema)
-        self._source.look(self._ema)
+        self._look()
         if not copy:
             return teacher.live_state(self._ema, self.model, device)
         report.warn_export(self._ema)
@@ -255,14 +232,8 @@ class EMAModel:
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("load_ema_state()")
-        self._source.look(self._ema)
+        self._look()
         names.load_ema_state(self._ema, self.model, state, strict)
-
-    def ema_metrics(self) -> dict[str, float]:
-        """The health of the EMA; keys and meaning as ``EMAOptimizer.ema_metrics()``."""
-        swap.recover(self._ema)
-        self._source.look(self._ema)
-        return report.metrics(self._ema)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs beside the model's own state dict.
@@ -311,9 +282,12 @@ class EMAModel:
         return [name for tensor, name in pairs if self._ema.find(tensor) is not None]
 
     def _saved_groups(self) -> list[Group]:
-        self._source.look(self._ema)
+        self._look()
         self._source.leave_temporary()
         return self._ema.groups
+
+    def _look(self) -> None:
+        self._source.look(self._ema)
 
     def _refuse_in_block(self, what: str) -> None:
         swap.recover(self._ema)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ._arithmetic.formats import EMADtype
 from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
+from ._door import Door
 from ._forwarding import ForwardingOptimizer, call_if_there, forwarding_class, inner_step
 from ._shadow import names, pending, report, swap, teacher
 from ._shadow.blocks import as_block
@@ -29,7 +30,7 @@ from ._shadow.swap_state import Mode
 from .schedules import Decay
 
 
-class EMAOptimizer(ForwardingOptimizer):
+class EMAOptimizer(Door, ForwardingOptimizer):
     """Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
 
     ``ema = decay * ema + (1 - decay) * weights`` after every step; the EMA begins at the weights
@@ -145,29 +146,17 @@ class EMAOptimizer(ForwardingOptimizer):
                 ema.finish_step(lane)
         return result
 
-    @property
-    def decay(self) -> Decay:
-        """The decay, as given at construction: a float or a schedule."""
-        return self._ema.decay
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the EMA weights are in the parameters now."""
-        return bool(self._ema.swapped)
-
     @as_block
     def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
         Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory:
         at most 4 MiB where the EMA has the parameter's dtype, else one copy in that dtype.
-        Quantized weights (torchao's int8 training) hold the EMA rounded as their class rounds it,
-        the same way at every swap; the training weights' codes and scales come back exactly.
+        Quantized weights hold the EMA rounded as their class rounds it, and come back exactly.
 
-        While the EMA weights are in, a step of any torch optimizer over these parameters raises;
-        what is written into them in another way is warned of at the end. A ``state_dict()``, a
-        ``torch.jit.trace`` or a ``torch.export`` made inside refers to the parameters and shows the
-        training weights afterwards: take ``get_ema_state(model)``. Activation checkpointing
+        Inside, a step of any torch optimizer over these parameters raises; another write is warned
+        of at the end. A ``state_dict()``, ``torch.jit.trace`` or ``torch.export`` made inside shows
+        the training weights afterwards: take ``get_ema_state(model)``. Activation checkpointing
         recomputes at the weights of the moment: end a backward before a swap.
 
         Args:
@@ -207,36 +196,8 @@ class EMAOptimizer(ForwardingOptimizer):
         """
         swap.get_ready(self._ema)
         swap.refuse_swapped(self._ema, "train()", also_after_eval=False)
-        self.put_back()
+        swap.put_back_after_eval(self._ema)
         call_if_there(self.inner, "train")
-
-    def put_back(self) -> None:
-        """Put the training weights back after ``eval()``, and leave the inner optimizer's mode.
-
-        For a trainer whose inner optimizer has to stay in its own ``eval()``; a no-op otherwise.
-        """
-        if self._ema.mode is Mode.EVAL or self._ema.swap.is_interrupted:
-            swap.put_back_for_good(self._ema)
-
-    def evaluate_with_ema(self, enabled: bool) -> None:
-        """Decide what ``eval()`` shows: the EMA weights, or what the parameters hold already.
-
-        For a trainer that has put into the model what is to be evaluated.
-        """
-        self._ema.swap.show_in_eval(enabled)
-
-    def apply_ema(self) -> None:
-        """Make the EMA weights the training weights, one way (the EMA stays as it is).
-
-        Inside a swap nothing is swapped back then.
-
-        Raises:
-            RuntimeError: Another object has its EMA weights in the parameters.
-        """
-        swap.get_ready(self._ema)
-        swap.refuse_others(self._ema, "apply_ema()")
-        report.warn_export(self._ema)
-        swap.apply(self._ema)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
@@ -264,9 +225,8 @@ class EMAOptimizer(ForwardingOptimizer):
         ``weights, state, ema = f(weights, state, gradients, ema)``.
 
         The numbers are those of the eager step up to rounding, checkpoints and swaps are the same.
-        Tracing begins with the second step and takes a second and more for every ten tensors; a
-        changing learning rate or decay does not trace again. Steps that the graph cannot stand in
-        for are made in eager mode, and a warning says why (once for each reason): step hooks or a
+        Tracing begins with the second step and takes a second and more for every ten tensors, once.
+        A step that the graph cannot stand in for is eager, and a warning says why: step hooks or a
         patched ``step`` on the inner optimizer, arguments beside a closure, ``fused=True``,
         ``differentiable=True``, sparse gradients, complex or sharded parameters, an inner step that
         cannot be traced. Copies are not compiled.
@@ -282,10 +242,8 @@ class EMAOptimizer(ForwardingOptimizer):
     def reset(self) -> None:
         """Have the average and its warm-up begin anew, as newly built.
 
-        The counters are 0 again (``update_after_step`` counts again), and the EMA begins at the
-        weights of the next step. The inner optimizer keeps its state. For the opposite, an inner
-        optimizer that forgets its moments beside an EMA that goes on, clear
-        ``optimizer.inner.state``.
+        ``update_after_step`` counts again, and the EMA begins at the weights of the next step. The
+        inner optimizer keeps its state; to have it alone forget, clear ``optimizer.inner.state``.
 
         Raises:
             RuntimeError: The EMA weights are swapped in.
@@ -296,11 +254,7 @@ class EMAOptimizer(ForwardingOptimizer):
         self._ema.mark()
 
     def get_ema_state(
-        self,
-        model: nn.Module,
-        *,
-        device: torch.device | str | None = None,
-        copy: bool = True,
+        self, model: nn.Module, *, device: torch.device | str | None = None, copy: bool = True
     ) -> dict[str, Tensor]:
         """The EMA weights by parameter name, without touching the live weights.
 
@@ -313,10 +267,9 @@ class EMAOptimizer(ForwardingOptimizer):
                 load them there.
             device: Where the copies are to be; they are moved one by one. Default None: where the
                 EMA is.
-            copy: False hands out the EMA tensors themselves, to be read and not written: a live
-                teacher, ``torch.func.functional_call(model, state, (x,))``. They are the EMA until
-                the next swap or load. (Torch's ``functional_call`` in train mode moves the model's
-                running statistics; the call of an ``EMAModel`` does not.)
+            copy: False hands out the EMA tensors themselves, to be read until the next swap or
+                load: a live teacher, ``torch.func.functional_call(model, state, (x,))`` (which in
+                train mode moves the model's running statistics; an ``EMAModel`` does not).
 
         Returns:
             Fresh copies in the EMA's dtype (of a storage format in fp32), one for each unique
@@ -359,21 +312,6 @@ class EMAOptimizer(ForwardingOptimizer):
         swap.refuse_swapped(self._ema, "load_ema_state()")
         names.load_ema_state(self._ema, model, state, strict)
         self._ema.mark()
-
-    def ema_metrics(self) -> dict[str, float]:
-        """The health of the EMA, for a logger.
-
-        Returns:
-            ``ema_decay`` (in force now), ``ema_updates``, ``ema_window`` (``1 / (1 - decay)``, in
-            optimizer steps), ``ema_initial_share`` (the largest share of initial weights still
-            inside the EMA of a parameter) and ``ema_distance``
-            (``||ema - weights|| / ||weights||`` with the training weights; NaN or infinite when
-            what is read of either is). Of a tensor of more than 65,536 elements a 16th is read,
-            another one after every step: a fraction of a step's time. Where the weights are spread
-            over ranks every rank calls it: two numbers are summed up.
-        """
-        swap.recover(self._ema)
-        return report.metrics(self._ema)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ FLOORS = [
     {"_engines"},
     {"_shadow"},
     {"_checkpoint"},
-    {"_forwarding"},
+    {"_forwarding", "_door"},
     {"optimizer", "model"},
     {"integrations", "_tools"},
     {"__main__"},

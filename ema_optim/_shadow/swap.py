@@ -180,6 +180,15 @@ def put_back_for_good(shadow: ShadowSet) -> None:
         raise
 
 
+def put_back_after_eval(shadow: ShadowSet) -> None:
+    """Put the training weights back, unless that is for the end of a block.
+
+    By itself for a trainer whose inner optimizer has to stay in its own ``eval()``.
+    """
+    if shadow.mode is Mode.EVAL or shadow.swap.is_interrupted:
+        put_back_for_good(shadow)
+
+
 def recover(shadow: ShadowSet) -> None:
     """Put the training weights back where an interrupt has kept a swap from ending."""
     if shadow.swap.is_interrupted:

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from .._arithmetic.formats import EMADtype
 from .._engines import adapters
-from .._shadow import report
+from .._shadow import report, swap
 from .._shadow.options import same_option
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay
@@ -195,7 +195,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         optimizer = _ema_optimizer(kwargs)
         if optimizer is None or self.evaluate_with != "both" or self._holds_ema(optimizer):
             return
-        optimizer.evaluate_with_ema(False)
+        optimizer._ema.swap.show_in_eval(False)
         try:
             _logs.evaluate_again(running_trainer(), kwargs["eval_dataloader"])
         finally:
@@ -286,7 +286,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         """Have evaluations swap, unless what is to be evaluated is in the model already."""
         if self.optimizer is not None:
             wanted = self.evaluate_with != "training" and not self._holds_ema(self.optimizer)
-            self.optimizer.evaluate_with_ema(wanted)
+            self.optimizer._ema.swap.show_in_eval(wanted)
 
     def _holds_ema(self, optimizer: EMAOptimizer) -> bool:
         trained = optimizer._ema.slots.keys()
@@ -311,7 +311,7 @@ def _ema_optimizer(kwargs: Mapping[str, Any]) -> EMAOptimizer | None:
 def _put_back(optimizer: EMAOptimizer) -> None:
     # Not train(): that would also put a schedule-free optimizer's training weights into the
     # model, where a run without the callback still has those of its eval().
-    optimizer.put_back()
+    swap.put_back_after_eval(optimizer._ema)
 
 
 def _is_in(trainer: Any, callback: TrainerCallback) -> bool:
