@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from measured import peak_allocation
 from ranks import on_ranks
 from reference import same, wide
 from sharded import batch as sharded_batch
 from sharded import sharded_model
-from test_update import peak_allocation
 from torch import nn
 from torch.func import functional_call
 from torch.optim import SGD
