@@ -190,10 +190,10 @@ def draw(runs: list[Run], output: str) -> None:
     axes.axhline(start, color="#6b7280", linewidth=1, linestyle="--")
     axes.annotate(
         f"untrained network, {start:.1f} %",
-        (steps[-1], start),
-        (0, 4),
+        (steps[-1] / 2, start),
+        (0, -12),
         textcoords="offset points",
-        ha="right",
+        ha="left",
         color="#6b7280",
     )
     axes.set_title(

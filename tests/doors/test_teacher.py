@@ -1,12 +1,16 @@
 """A live teacher: ``ema(x)``, and the EMA tensors themselves from ``get_ema_state(copy=False)``."""
 
 import copy
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from measured import peak_allocation
 from ranks import on_ranks
-from reference import same
+from reference import same, wide
 from sharded import batch as sharded_batch
 from sharded import sharded_model
 from torch import nn
@@ -14,6 +18,7 @@ from torch.func import functional_call
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import ema_optim
 from ema_optim import EMAModel, EMAOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the EMA still holds")
@@ -457,3 +462,32 @@ def test_copies_are_moved_one_by_one_to_the_device():
     live = optimizer.get_ema_state(model, copy=False)
     assert same(copies, live)
     assert all(copies[n].data_ptr() != live[n].data_ptr() for n in live)
+
+
+EXAMPLE = Path(ema_optim.__file__).parent.parent / "examples" / "teacher.py"
+
+
+def test_the_example_prints_its_table_and_draws_its_picture(tmp_path):
+    picture = tmp_path / "picture.png"
+    options = ["--steps", "4", "--seeds", "2", "--output", str(picture)]
+    command = [sys.executable, "-W", "error", str(EXAMPLE), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "teacher - student" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.1}, {"every": 3}], ids=["soft", "hard"])
+def test_a_target_network_follows_by_tau_or_is_a_copy_of_every_nth_step(options):
+    network = nn.Linear(4, 2)
+    target = runpy.run_path(str(EXAMPLE))["target_network"](network, **options)
+    expected = wide(network.weight.detach())
+    for step in range(1, 8):
+        move(network)
+        target.update()
+        if "tau" in options:
+            expected = 0.9 * expected + 0.1 * wide(network.weight.detach())
+        elif step % 3 == 0:
+            expected = wide(network.weight.detach())
+        seen = target(torch.eye(4)) - target(torch.zeros(4, 4))
+        torch.testing.assert_close(wide(seen), expected.T, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """The doors speak one language, several swap as one, and a beginner's mistakes are told."""
 
 import contextlib
+import gc
 import inspect
 import warnings
 
@@ -193,6 +194,7 @@ def test_an_interrupt_at_any_line_of_a_swap_of_several_loses_nothing(monkeypatch
         with contextlib.suppress(Interrupt):
             Tracer(at).run(pair.block)
         assert pair.whole(), at
+    gc.collect()  # a tracer and its frames hold each other
 
 
 def test_an_interrupt_whose_traceback_is_kept_loses_nothing(monkeypatch):
@@ -208,6 +210,8 @@ def test_an_interrupt_whose_traceback_is_kept_loses_nothing(monkeypatch):
             kept.append(error)
         assert pair.whole(), at
     assert kept
+    kept.clear()
+    gc.collect()
 
 
 @pytest.mark.parametrize(
