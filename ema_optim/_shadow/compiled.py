@@ -110,12 +110,9 @@ class CompiledStep:
     def _log_first(self, inner: Optimizer, updates: Plan) -> None:
         if not self._traced:
             self._traced = True
-            count, kind = sum(len(bucket.emas) for bucket, _ in updates), type(inner).__name__
-            log(
-                "compiling the step of %s and the EMA of %s tensors: seconds to minutes",
-                kind,
-                count,
-            )
+            count = sum(len(bucket.emas) for bucket, _ in updates)
+            text = "compiling the step of %s and the EMA of %s tensors: seconds to minutes"
+            log(text, type(inner).__name__, count)
 
     def _is_ready(self, inner: Optimizer) -> bool:
         params = [param for param in _params(inner) if param.grad is not None]

@@ -47,7 +47,14 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
     and prediction use the EMA weights for every batch; outside of them the model holds the
     training weights. ``checkpoint-N/`` is what it would be without the callback, with the EMA in
     ``optimizer.pt``: it resumes with the callback (bit for bit) and without it. With
-    ``load_best_model_at_end`` the model ends with the EMA weights of the best checkpoint.
+    ``load_best_model_at_end`` the model ends with the EMA weights of the best checkpoint. Every
+    reporter gets ``ema_decay`` and ``ema_distance`` with the logs of the training.
+
+    Where the learning rate is decayed to zero, as the Trainer does by default, an EMA gains nothing
+    by the end: in ``examples/hf_trainer.py`` the evaluation loss is 1.750 on the EMA against 1.807
+    on the training weights at a constant rate, 1.796 against 1.782 at a linear one. Set
+    ``lr_scheduler_type="constant_with_warmup"``, or with "warmup_stable_decay" read off the EMA,
+    while the rate is constant, about what the decay will give.
 
     If the learning rate is decayed to zero, as the Trainer does by default, an EMA gains nothing.
     Set ``lr_scheduler_type="constant_with_warmup"``, or ``"warmup_stable_decay"``, under which it

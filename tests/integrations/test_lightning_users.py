@@ -70,6 +70,7 @@ def rows():
 
 def fit(model, callbacks, folder, validates=False, resume=None, **options):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet["enable_checkpointing"] = False
     own = {"logger": False, "max_steps": 8, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
     every = {**quiet, **own, "default_root_dir": folder, "callbacks": callbacks}
     trainer = pl.Trainer(**{**every, **options})
