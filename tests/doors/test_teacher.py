@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from measured import peak_allocation
 from ranks import on_ranks
 from reference import same
 from sharded import batch as sharded_batch
 from sharded import sharded_model
-from test_update import peak_allocation
 from torch import nn
 from torch.func import functional_call
 from torch.optim import SGD

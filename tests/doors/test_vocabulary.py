@@ -4,11 +4,11 @@ import contextlib
 import inspect
 import warnings
 
+import interrupts
 import pytest
-import test_interrupts
 import torch
+from interrupts import Interrupt, Tracer
 from reference import same
-from test_interrupts import Interrupt, Tracer
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -124,7 +124,7 @@ _MADE = "ema_optim._shadow.blocks._Block"
 
 
 class Pair:
-    """Three owners of both doors and dtypes, as ``test_interrupts`` drives them."""
+    """Three owners of both doors and dtypes, as ``interrupts`` drives them."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -183,8 +183,8 @@ def test_disabled_nothing_is_swapped():
 
 
 def test_an_interrupt_at_any_line_of_a_swap_of_several_loses_nothing(monkeypatch):
-    files = (*test_interrupts.FILES, "blocks.py", "buffers.py")
-    monkeypatch.setattr(test_interrupts, "FILES", files)
+    files = (*interrupts.FILES, "blocks.py", "buffers.py")
+    monkeypatch.setattr(interrupts, "FILES", files)
     monkeypatch.delattr(f"{_MADE}.__del__")  # interrupted before it is entered, a block warns
     (whole := Tracer()).run(Pair().block)
     assert whole.lines > 100
@@ -196,8 +196,8 @@ def test_an_interrupt_at_any_line_of_a_swap_of_several_loses_nothing(monkeypatch
 
 
 def test_an_interrupt_whose_traceback_is_kept_loses_nothing(monkeypatch):
-    files = (*test_interrupts.FILES, "blocks.py")
-    monkeypatch.setattr(test_interrupts, "FILES", files)
+    files = (*interrupts.FILES, "blocks.py")
+    monkeypatch.setattr(interrupts, "FILES", files)
     monkeypatch.delattr(f"{_MADE}.__del__")  # interrupted before it is entered, a block warns
     kept = []
     for at in range(1, 400, 7):
