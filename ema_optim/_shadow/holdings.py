@@ -112,7 +112,10 @@ class Holdings(Settings):
 
     def main_of(self, param: Tensor) -> Tensor:
         """The main tensor of the EMA of a parameter that has one, wherever it is now."""
-        return self._main_of(param, self.all_slots()[param])
+        slot = self.find(param)
+        if slot is None:
+            raise KeyError("the parameter has no EMA")
+        return self._main_of(param, slot)
 
     def _main_of(self, param: Tensor, slot: Slot) -> Tensor:
         exchanged = param in self.swapped and slot.parked is None
