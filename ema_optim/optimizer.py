@@ -48,15 +48,14 @@ class EMAOptimizer(Door, ForwardingOptimizer):
             that float from the first update on: there is no hidden warm-up.
         update_every: Optimizer steps between two updates; the update then applies
             ``decay ** update_every``, so that the window stays the same. Default 1: the exact EMA.
-        update_after_step: Optimizer steps until averaging begins; until then the EMA is the
-            training weights. Default 0.
+        update_after_step: Optimizer steps until averaging begins (default 0); until then the EMA is
+            the training weights.
         dtype: How an EMA tensor is stored: ``torch.float32``, ``torch.float64``, ``"float24"`` (3
             bytes) or ``torch.bfloat16`` (2 bytes), both rounded stochastically, or
             ``"float32_compensated"`` (6 bytes) for decays of 0.9999 and more. Default None: fp32
-            for every narrower float, else the parameter's own dtype. Rounded to nearest into a
-            narrower dtype an EMA would stop moving.
-        module: The model, to name the FSDP2 modules that own the parameters. Default None: they
-            are found by themselves.
+            for every narrower float (rounded to nearest an EMA would stop moving), else the
+            parameter's own dtype.
+        module: The model, to name the FSDP2 modules that own the parameters. Default None: found.
 
     Raises:
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, an EMAOptimizer already, or holds
@@ -208,11 +207,8 @@ class EMAOptimizer(Door, ForwardingOptimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group; the EMA of its parameters begins at their weights at the next step.
 
-        Args:
-            param_group: As torch takes it; may carry ``ema_decay``, ``ema_dtype``, ``ema_enabled``.
-
-        Raises:
-            ValueError: Its ``ema_decay`` is not in [0, 1].
+        It may carry ``ema_decay``, ``ema_dtype`` and ``ema_enabled``; a value out of its range is a
+        ValueError or TypeError, and nothing is added.
         """
         check_new_group(param_group)
         self.inner.add_param_group(param_group)
@@ -225,11 +221,10 @@ class EMAOptimizer(Door, ForwardingOptimizer):
         ``weights, state, ema = f(weights, state, gradients, ema)``.
 
         The numbers are those of the eager step up to rounding, checkpoints and swaps are the same.
-        Tracing begins with the second step and takes a second and more for every ten tensors, once.
-        A step that the graph cannot stand in for is eager, and a warning says why: step hooks or a
-        patched ``step`` on the inner optimizer, arguments beside a closure, ``fused=True``,
-        ``differentiable=True``, sparse gradients, complex or sharded parameters, an inner step that
-        cannot be traced. Copies are not compiled.
+        Tracing begins with the second step and takes a second and more for every ten tensors. A
+        step that the graph cannot stand in for (hooks or a patched ``step`` on the inner optimizer,
+        arguments beside a closure, ``fused``, ``differentiable``, sparse gradients, complex or
+        sharded parameters, no trace) is eager, with a warning. Copies are not compiled.
 
         Args:
             torch_compile_kwargs: What ``torch.compile`` takes, ``fullgraph`` apart (it is True).
@@ -263,10 +258,8 @@ class EMAOptimizer(Door, ForwardingOptimizer):
 
         Args:
             model: The model that owns the parameters. Wrapped by ``torch.compile`` or a
-                data-parallel class, in whole or in parts, the names are still the bare model's:
-                load them there.
-            device: Where the copies are to be; they are moved one by one. Default None: where the
-                EMA is.
+                data-parallel class, in whole or in parts, the names are still the bare model's.
+            device: Where the copies are to be, moved one by one (default: where the EMA is).
             copy: False hands out the EMA tensors themselves, to be read until the next swap or
                 load: a live teacher, ``torch.func.functional_call(model, state, (x,))`` (which in
                 train mode moves the model's running statistics; an ``EMAModel`` does not).
@@ -292,15 +285,13 @@ class EMAOptimizer(Door, ForwardingOptimizer):
     def load_ema_state(
         self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
     ) -> None:
-        """Make ``state`` the EMA, without touching the live weights.
-
-        It counts as an EMA: the next step averages into it and does not start anew.
+        """Make ``state`` the EMA, without touching the weights; the next step averages into it.
 
         Args:
             model: The model that owns the parameters.
-            state: Tensors by parameter name, as ``get_ema_state`` returns them; one prefix of all
-                names (``module.``, ``model.``, ``_forward_module.``), there or in the model, is no
-                difference. For parameters that are DTensors also whole tensors, on every rank.
+            state: As ``get_ema_state`` returns it; one prefix of all names (``module.``,
+                ``model.``, ``_forward_module.``), there or in the model, is no difference. For
+                DTensors also whole tensors, on every rank.
             strict: Whether the names must be exactly those of the parameters.
 
         Raises:

@@ -61,7 +61,9 @@ def _block(shadow: ShadowSet, what: str, model: nn.Module | None) -> Generator[N
             # The mode first, on both sides: an interrupt may come between any two calls.
             entered, state.mode = True, Mode.BLOCK
             put_in(shadow)
-        for module in model.modules() if model is not None and state.swapped else ():
+        modules = model.modules() if model is not None and state.swapped else ()
+        # A scripted module has no such hooks.
+        for module in (m for m in modules if not isinstance(m, torch.jit.ScriptModule)):
             register: Any = module.register_load_state_dict_pre_hook  # torch does not type it
             hooks.append(register(record.refuse_load))
         yield

@@ -234,3 +234,20 @@ def test_what_use_ema_forbids_changes_nothing(forbidden, dtype, after):
             forbidden(ema, before[1])
         assert same(values(model), inside)
     assert same(everything(model, ema), before)
+
+
+# A scripted module refuses hooks on its load_state_dict.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_a_scripted_model_is_swapped():
+    model = torch.jit.script(nn.Linear(2, 2))
+    ema = EMAModel(model, 0.1)
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        ema.update()
+    weights = model.weight.detach().clone()
+    with ema.use_ema():
+        # 0.1 of 0.1 of (0.1 of 0 and 0.9 of 1) and 0.9 of 2, and 0.9 of 3
+        torch.testing.assert_close(model.weight, before + 0.009 + 0.18 + 2.7)
+    assert torch.equal(model.weight, weights)
