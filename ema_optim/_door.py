@@ -1,6 +1,11 @@
 """What both doors offer alike: reading the average, and making it the weights."""
 
-from ._shadow import report, swap
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ._shadow import names, pending, report, swap, teacher
 from ._shadow.shadow_set import ShadowSet
 from .schedules import Decay
 
@@ -52,3 +57,63 @@ class Door:
 
     def _look(self) -> None:
         """Look at what is followed, where that may have changed since the last call."""
+
+
+class NamedDoor(Door):
+    """A door that is handed the model for the names of its parameters."""
+
+    def get_ema_state(
+        self, model: nn.Module, *, device: torch.device | str | None = None, copy: bool = True
+    ) -> dict[str, Tensor]:
+        """The EMA weights by parameter name, without touching the live weights.
+
+        Right at any time, also inside a swap. Ready for ``model.load_state_dict(strict=False)``
+        and for safetensors.
+
+        Args:
+            model: The model that owns the parameters. Wrapped by ``torch.compile`` or a
+                data-parallel class, in whole or in parts, the names are still the bare model's.
+            device: Where the copies are to be, moved one by one (default: where the EMA is).
+            copy: False hands out the EMA tensors themselves, to be read until the next swap or
+                load: a live teacher, ``torch.func.functional_call(model, state, (x,))`` (which in
+                train mode moves the model's running statistics; an ``EMAModel`` does not).
+
+        Returns:
+            Fresh copies in the EMA's dtype (of a storage format in fp32), one for each unique
+            parameter of this optimizer; of a DTensor a DTensor, without communication.
+
+        Raises:
+            ValueError: The model has no parameter of this optimizer.
+            RuntimeError: ``copy=False`` while the EMA weights are swapped in, or of an EMA in a
+                narrow storage format, of sharded or quantized weights, or on another device.
+        """
+        if not copy:
+            swap.get_ready(self._ema)
+            swap.refuse_swapped(self._ema, "get_ema_state(copy=False)")
+            return teacher.live_state(self._ema, model, device)
+        swap.recover(self._ema)
+        pending.check_model(self._ema)  # what the EMA is of may be in the model's file
+        report.warn_export(self._ema)
+        return names.ema_state(self._ema, model, device)
+
+    def load_ema_state(
+        self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
+    ) -> None:
+        """Make ``state`` the EMA, without touching the weights; the next step averages into it.
+
+        Args:
+            model: The model that owns the parameters.
+            state: As ``get_ema_state`` returns it; one prefix of all names (``module.``,
+                ``model.``, ``_forward_module.``), there or in the model, is no difference. For
+                DTensors also whole tensors, on every rank.
+            strict: Whether the names must be exactly those of the parameters.
+
+        Raises:
+            KeyError: Names are missing or unknown.
+            ValueError: A tensor has another shape than its parameter, or lies on another mesh.
+            RuntimeError: The EMA weights are swapped in.
+        """
+        swap.get_ready(self._ema)
+        swap.refuse_swapped(self._ema, "load_ema_state()")
+        names.load_ema_state(self._ema, model, state, strict)
+        self._ema.mark()

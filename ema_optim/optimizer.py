@@ -12,15 +12,15 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ._arithmetic.formats import EMADtype
 from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
-from ._door import Door
+from ._door import NamedDoor
 from ._forwarding import ForwardingOptimizer, call_if_there, forwarding_class, inner_step
-from ._shadow import names, pending, report, swap, teacher
+from ._shadow import swap
 from ._shadow.blocks import as_block
 from ._shadow.compiled import CompiledStep
 from ._shadow.options import check_groups, check_new_group, check_wrappable, warn_of_tau
@@ -30,7 +30,7 @@ from ._shadow.swap_state import Mode
 from .schedules import Decay
 
 
-class EMAOptimizer(Door, ForwardingOptimizer):
+class EMAOptimizer(NamedDoor, ForwardingOptimizer):
     """Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
 
     ``ema = decay * ema + (1 - decay) * weights`` after every step; the EMA begins at the weights
@@ -246,62 +246,6 @@ class EMAOptimizer(Door, ForwardingOptimizer):
         swap.get_ready(self._ema)
         swap.refuse_swapped(self._ema, "reset()")
         self._ema.clear()
-        self._ema.mark()
-
-    def get_ema_state(
-        self, model: nn.Module, *, device: torch.device | str | None = None, copy: bool = True
-    ) -> dict[str, Tensor]:
-        """The EMA weights by parameter name, without touching the live weights.
-
-        Right at any time, also inside a swap. Ready for ``model.load_state_dict(strict=False)``
-        and for safetensors.
-
-        Args:
-            model: The model that owns the parameters. Wrapped by ``torch.compile`` or a
-                data-parallel class, in whole or in parts, the names are still the bare model's.
-            device: Where the copies are to be, moved one by one (default: where the EMA is).
-            copy: False hands out the EMA tensors themselves, to be read until the next swap or
-                load: a live teacher, ``torch.func.functional_call(model, state, (x,))`` (which in
-                train mode moves the model's running statistics; an ``EMAModel`` does not).
-
-        Returns:
-            Fresh copies in the EMA's dtype (of a storage format in fp32), one for each unique
-            parameter of this optimizer; of a DTensor a DTensor, without communication.
-
-        Raises:
-            ValueError: The model has no parameter of this optimizer.
-            RuntimeError: ``copy=False`` while the EMA weights are swapped in, or of an EMA in a
-                narrow storage format, of sharded or quantized weights, or on another device.
-        """
-        if not copy:
-            swap.get_ready(self._ema)
-            swap.refuse_swapped(self._ema, "get_ema_state(copy=False)")
-            return teacher.live_state(self._ema, model, device)
-        swap.recover(self._ema)
-        pending.check_model(self._ema)  # what the EMA is of may be in the model's file
-        report.warn_export(self._ema)
-        return names.ema_state(self._ema, model, device)
-
-    def load_ema_state(
-        self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
-    ) -> None:
-        """Make ``state`` the EMA, without touching the weights; the next step averages into it.
-
-        Args:
-            model: The model that owns the parameters.
-            state: As ``get_ema_state`` returns it; one prefix of all names (``module.``,
-                ``model.``, ``_forward_module.``), there or in the model, is no difference. For
-                DTensors also whole tensors, on every rank.
-            strict: Whether the names must be exactly those of the parameters.
-
-        Raises:
-            KeyError: Names are missing or unknown.
-            ValueError: A tensor has another shape than its parameter, or lies on another mesh.
-            RuntimeError: The EMA weights are swapped in.
-        """
-        swap.get_ready(self._ema)
-        swap.refuse_swapped(self._ema, "load_ema_state()")
-        names.load_ema_state(self._ema, model, state, strict)
         self._ema.mark()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

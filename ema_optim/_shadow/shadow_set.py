@@ -24,6 +24,7 @@ from ..schedules import decay_factor
 from .buckets import follows, is_dry, make_buckets, params_of
 from .holdings import Holdings, no_autograd
 from .lanes import Lane, Lanes
+from .mistakes import BFLOAT16, NOTHING
 from .options import (
     Options,
     check_options,
@@ -32,17 +33,6 @@ from .options import (
 )
 from .reserved import ReservedKeys
 from .slots import Group, Parts, Slot, stored, value_of
-
-_NOTHING = (
-    "nothing was averaged at this step: no parameter requires a gradient, has one or has an EMA "
-    "already, and the step does not count. Let the parameters require gradients, or leave the EMA "
-    "out"
-)
-_BFLOAT16 = (
-    "an EMA in bfloat16 is off by about one rounding of the weights, 0.3 %: while the learning "
-    "rate is high that is little of what the EMA averages away, and more than all of it once the "
-    "learning rate is decayed. There use dtype='float24'"
-)
 
 
 class ShadowSet(Holdings):
@@ -89,7 +79,7 @@ class ShadowSet(Holdings):
                         bucket.seed()
         if not lane.buckets:
             if any(group["params"] and self.options.of(group).enabled for group in groups):
-                self.warned.once("nothing", _NOTHING)
+                self.warned.once("nothing", NOTHING)
             return None
         if is_dry(groups) and not any(bucket.counter.steps for bucket in lane.buckets):
             self.dry = True
@@ -308,7 +298,7 @@ class ShadowSet(Holdings):
         with no_autograd():
             self._look_after_slots(groups)
         if any(slot.format == FORMATS[torch.bfloat16] for slot in self.slots.values()):
-            self.warned.once("bfloat16", _BFLOAT16)
+            self.warned.once("bfloat16", BFLOAT16)
         with no_autograd():
             every, clock_of = self.update_every, self.clock_of
             buckets = make_buckets(groups, self.slots, self.options, every, clock_of)
