@@ -215,8 +215,6 @@ def names_for(block, page, loop, trainer):
 
 
 @pytest.mark.filterwarnings("ignore:the EMA (still holds|will still hold)")  # a short run
-    "ignore:the EMA (still holds|will still hold)"
-)  # a few batches are a short run
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # the Trainer's default
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0")  # Lightning on its default logger
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
