@@ -127,7 +127,9 @@ def module_of(file):
 
 def serve(rank, world, store, pipe):
     warnings.simplefilter("error")
-    short = "the EMA (will )?still hold|an EMA in bfloat16|decay=.* looks like tau"
+    short = (
+        "the EMA (will )?still hold|an EMA in bfloat16|decay=.* looks like tau|the model files hold"
+    )
     warnings.filterwarnings("ignore", short)  # short runs
     torch.set_num_threads(1)
     # What torchrun sets, for the engines that look there.

@@ -168,6 +168,7 @@ def fitted(callback):
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")  # Lightning's own call
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:the EMA will still hold")  # a short run
 def test_lightning_leaves_in_the_model_what_apply_ema_puts_there():
     averaging = pytest.importorskip("lightning.pytorch.callbacks").EMAWeightAveraging
     from ema_optim.integrations.lightning import EMAWeights

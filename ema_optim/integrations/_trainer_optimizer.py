@@ -109,6 +109,7 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     elif saved_at not in (None, global_step):
         read.Loaded({}).install(shadow)
     carry.drop(groups)
+    shadow.take_trainer_step()  # seen to; a later training begins at another step
     if global_step and not shadow.slots:
         shadow.warned.once(
             "cold",

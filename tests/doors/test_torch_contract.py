@@ -24,6 +24,9 @@ from torch.optim.swa_utils import SWALR
 
 from ema_optim import EMAOptimizer, strip_ema_state_dict
 
+# SequentialLR of torch 2.6 warns of what it does itself.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
 LEAVES = [case for case in OPTIMIZERS if not case.kwargs.get("differentiable")]
 TORCHS = [case for case in LEAVES if case.cls.__module__.startswith("torch.")]
 # No copy of torch's LBFGS has its list of parameters; its Adafactor reads "maximize" anyway.

@@ -12,7 +12,7 @@ from ranks import on_ranks
 
 from ema_optim import EMAModel, EMAOptimizer, EMAWarning, _warnings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
