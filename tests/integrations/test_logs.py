@@ -81,6 +81,7 @@ def test_one_rank_warns_and_logs_unless_the_others_may_not_know(world):
     handler, logger = Lines(), logging.getLogger("ema_optim")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)  # tests of trainers in the same process keep them silent
     _warnings.log("a %s", "line")
     logger.removeHandler(handler)
     first = torch.distributed.get_rank() == 0
