@@ -81,7 +81,8 @@ class ShadowSet(Holdings):
             if any(group["params"] and self.options.of(group).enabled for group in groups):
                 self.warned.once("nothing", NOTHING)
             return None
-        if is_dry(groups) and not any(bucket.counter.steps for bucket in lane.buckets):
+        # In this order: to look at a learning rate on an accelerator is to wait for it.
+        if not any(bucket.counter.steps for bucket in lane.buckets) and is_dry(groups):
             self.dry = True
             return None
         lane.plan = [
@@ -104,7 +105,7 @@ class ShadowSet(Holdings):
                 # Without a look at the weights before a step, averaging begins here.
                 if not self.sees_steps and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
-        for group, clock in zip(self.groups, lane.clocks, strict=True):
+        for group, clock in zip(self.groups, lane.clocks, strict=False):
             group["ema_step"] = self.step if clock is None else clock.steps
 
     def has_stepped(self) -> bool:

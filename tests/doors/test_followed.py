@@ -380,3 +380,25 @@ def test_moments_are_forgotten_and_the_ema_goes_on():
         optimizer.inner.state.clear()
     torch.testing.assert_close(ema_of(optimizer, p).double(), reference.emas[0])
     assert optimizer.state[p]["ema_step"] == 2
+
+
+class Rate(torch.Tensor):
+    """A learning rate that notes who asks for its value."""
+
+    asked = 0
+
+    def __float__(self):
+        Rate.asked += 1
+        return 0.1
+
+
+# float() of a learning rate on an accelerator waits for everything that was queued before it.
+def test_no_step_but_the_first_looks_at_the_learning_rate():
+    optimizer = EMAOptimizer(SGD([param(2)], lr=0.1), 0.5)
+    optimizer.inner.step = lambda: None
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1).as_subclass(Rate)
+    seen = []
+    for _ in range(3):
+        optimizer.step()
+        seen.append(Rate.asked)
+    assert seen == [1, 1, 1]
