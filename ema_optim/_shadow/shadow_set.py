@@ -105,7 +105,7 @@ class ShadowSet(Holdings):
                 # Without a look at the weights before a step, averaging begins here.
                 if not self.sees_steps and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
-        for group, clock in zip(self.groups, lane.clocks, strict=False):
+        for group, clock in zip(lane.groups, lane.clocks, strict=True):
             group["ema_step"] = self.step if clock is None else clock.steps
 
     def has_stepped(self) -> bool:
@@ -199,12 +199,12 @@ class ShadowSet(Holdings):
     def mark_swapped(self) -> None:
         """Write what a swap has changed of the marks."""
         swapped = "swapped" if self.swap.swapped else False
-        for group in self.groups if self.sees_steps else ():
+        for group in self.source.param_groups if self.sees_steps else ():
             group["ema_swapped"] = swapped
 
     def mark(self) -> None:
         """Write the marks into the live groups: flattened distributed checkpoints ask for them."""
-        for group in self.groups if self.sees_steps else ():
+        for group in self.source.param_groups if self.sees_steps else ():
             group.update(self.marks(group))
 
     def counted(self) -> dict[Tensor, Slot]:
@@ -283,6 +283,7 @@ class ShadowSet(Holdings):
         if lane is None:
             lane = self._new_lane(groups)
             self._lanes.add(lane)
+        lane.groups = list(groups)  # torch may have replaced the dicts of the same parameters
         for param in self._lanes.use(lane):
             if (slot := self.slots.pop(param, None)) is not None:
                 self.absent[param] = slot

@@ -6,6 +6,7 @@ Counted with ``sys.setprofile`` on a model of four tensors: calls of functions o
 
 import argparse
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-v", "--verbose", action="store_true", help="list the functions")
     verbose = parser.parse_args().verbose
+    warnings.simplefilter("ignore")  # of a short run
     print(f"{'':24}{'calls':>6}{'functions':>11}{'files':>7}{'crossings':>11}")
     for name, calls in actions():
         print(calls.row(name))
