@@ -1,11 +1,14 @@
-"""What both doors offer alike: reading the average, and making it the weights."""
+"""What doors offer alike: to read the average, make it the weights, begin anew, compile."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._forwarding import ForwardingOptimizer
 from ._shadow import names, pending, report, swap, teacher
+from ._shadow.compiled import CompiledStep
 from ._shadow.shadow_set import ShadowSet
 from .schedules import Decay
 
@@ -117,3 +120,54 @@ class NamedDoor(Door):
         swap.refuse_swapped(self._ema, "load_ema_state()")
         names.load_ema_state(self._ema, model, state, strict)
         self._ema.mark()
+
+
+class InnerDoor(NamedDoor, ForwardingOptimizer):
+    """A door in front of an inner optimizer."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the inner optimizer does."""
+        if self._ema.held is None:  # else the model's file may still be to come
+            swap.resolve_pending(self._ema)
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def compile(self, **torch_compile_kwargs: Any) -> None:
+        """Make the inner step and the EMA one compiled graph, which reads each weight once.
+
+        ``weights, state, ema = f(weights, state, gradients, ema)``.
+
+        The numbers are those of the eager step up to rounding, checkpoints and swaps are the same.
+        Tracing begins with the second step and takes a second and more for every ten tensors. A
+        step that the graph cannot stand in for (hooks or a patched ``step`` on the inner optimizer,
+        arguments beside a closure, ``fused``, ``differentiable``, sparse gradients, complex or
+        sharded parameters, no trace) is eager, with a warning. Copies are not compiled.
+
+        Args:
+            torch_compile_kwargs: What ``torch.compile`` takes, ``fullgraph`` apart (it is True).
+
+        Raises:
+            TypeError: ``torch.compile`` does not know an option.
+        """
+        self._ema.compile(CompiledStep(torch_compile_kwargs), self.inner)
+
+    def reset(self) -> None:
+        """Have the average and its warm-up begin anew, as newly built.
+
+        ``update_after_step`` counts again, and the EMA begins at the weights of the next step. The
+        inner optimizer keeps its state; to have it alone forget, clear ``optimizer.inner.state``.
+
+        Raises:
+            RuntimeError: The EMA weights are swapped in.
+        """
+        swap.get_ready(self._ema)
+        swap.refuse_swapped(self._ema, "reset()")
+        self._ema.clear()
+        self._ema.mark()
+
+    def __repr__(self) -> str:
+        """Settings, whether swapped, and the inner optimizer."""
+        ema = self._ema
+        return (
+            f"{type(self).__name__} (decay={ema.decay}, update_every={ema.update_every}, "
+            f"update_after_step={ema.update_after_step}, swapped={self.swapped})\n{self.inner!r}"
+        )

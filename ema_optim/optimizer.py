@@ -18,11 +18,10 @@ from torch.optim import Optimizer
 from ._arithmetic.formats import EMADtype
 from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
-from ._door import NamedDoor
-from ._forwarding import ForwardingOptimizer, call_if_there, forwarding_class, inner_step
+from ._door import InnerDoor
+from ._forwarding import call_if_there, forwarding_class, inner_step
 from ._shadow import swap
 from ._shadow.blocks import as_block
-from ._shadow.compiled import CompiledStep
 from ._shadow.options import check_groups, check_new_group, check_wrappable, warn_of_tau
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
@@ -30,7 +29,7 @@ from ._shadow.swap_state import Mode
 from .schedules import Decay
 
 
-class EMAOptimizer(NamedDoor, ForwardingOptimizer):
+class EMAOptimizer(InnerDoor):
     """Wrap an optimizer and keep an exponential moving average (EMA) of the weights it trains.
 
     ``ema = decay * ema + (1 - decay) * weights`` after every step; the EMA begins at the weights
@@ -198,12 +197,6 @@ class EMAOptimizer(NamedDoor, ForwardingOptimizer):
         swap.put_back_after_eval(self._ema)
         call_if_there(self.inner, "train")
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the inner optimizer does."""
-        if self._ema.held is None:  # else the model's file may still be to come
-            swap.resolve_pending(self._ema)
-        self.inner.zero_grad(set_to_none=set_to_none)
-
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group; the EMA of its parameters begins at their weights at the next step.
 
@@ -213,39 +206,6 @@ class EMAOptimizer(NamedDoor, ForwardingOptimizer):
         check_new_group(param_group)
         self.inner.add_param_group(param_group)
         self._ema.note_given([layout.options_of(self.param_groups[-1])])
-        self._ema.mark()
-
-    def compile(self, **torch_compile_kwargs: Any) -> None:
-        """Make the inner step and the EMA one compiled graph, which reads each weight once.
-
-        ``weights, state, ema = f(weights, state, gradients, ema)``.
-
-        The numbers are those of the eager step up to rounding, checkpoints and swaps are the same.
-        Tracing begins with the second step and takes a second and more for every ten tensors. A
-        step that the graph cannot stand in for (hooks or a patched ``step`` on the inner optimizer,
-        arguments beside a closure, ``fused``, ``differentiable``, sparse gradients, complex or
-        sharded parameters, no trace) is eager, with a warning. Copies are not compiled.
-
-        Args:
-            torch_compile_kwargs: What ``torch.compile`` takes, ``fullgraph`` apart (it is True).
-
-        Raises:
-            TypeError: ``torch.compile`` does not know an option.
-        """
-        self._ema.compile(CompiledStep(torch_compile_kwargs), self.inner)
-
-    def reset(self) -> None:
-        """Have the average and its warm-up begin anew, as newly built.
-
-        ``update_after_step`` counts again, and the EMA begins at the weights of the next step. The
-        inner optimizer keeps its state; to have it alone forget, clear ``optimizer.inner.state``.
-
-        Raises:
-            RuntimeError: The EMA weights are swapped in.
-        """
-        swap.get_ready(self._ema)
-        swap.refuse_swapped(self._ema, "reset()")
-        self._ema.clear()
         self._ema.mark()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -282,11 +242,11 @@ class EMAOptimizer(NamedDoor, ForwardingOptimizer):
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         swap.recover(self._ema)
         theirs, merged = nested.parts(state_dict, self.inner, self.param_groups)
-        merged = carry.uncarry(merged)
+        notes, merged = carry.notes_of(merged.get("param_groups")), carry.uncarry(merged)
         loaded = read.read(self._ema, merged)
         before = [dict(group) for group in self.param_groups]
         self._load_inner(layout.split(merged)[0] if theirs is None else theirs)
-        loaded.install(self._ema)
+        loaded.install(self._ema, notes)
         read.keep_options(self._ema, before, merged["param_groups"])
         self._ema.mark()
         if loaded.cold or theirs is state_dict:
@@ -307,14 +267,6 @@ class EMAOptimizer(NamedDoor, ForwardingOptimizer):
         """
         made: type[_Built] = forwarding_class(cls, optimizer_class, options)
         return made
-
-    def __repr__(self) -> str:
-        """Settings, whether swapped, and the inner optimizer."""
-        ema = self._ema
-        return (
-            f"{type(self).__name__} (decay={ema.decay}, update_every={ema.update_every}, "
-            f"update_after_step={ema.update_after_step}, swapped={self.swapped})\n{self.inner!r}"
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Hooks and patches of ``step`` stay behind, as with torch."""

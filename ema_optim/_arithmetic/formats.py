@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,36 @@ from .scratch import CHUNK, batches_of, buffers, carve, columns, in_memory_order
 
 EMADtype = torch.dtype | Literal["float32_compensated", "float24"] | None
 Tensors = list[Tensor]
+
+
+class Update(NamedTuple):
+    """Which update of the EMA it is.
+
+    Attributes:
+        decay: The share of the old EMA that is kept, in [0, 1].
+        stream: The number of this update. It decides, with ``starts``, every random bit: an update
+            repeated with the same number gives the same bits, another number others.
+        starts: For each tensor the position of its first element when all elements of the model are
+            numbered through; for a shard, that of the shard's first element. Elements are counted
+            in the order in which they lie in the memory of the main one.
+        casts: Room for weights of another dtype, as ``ema_update_`` takes it.
+    """
+
+    decay: float
+    stream: int
+    starts: Sequence[int]
+    casts: Casts | None = None
+
+    @property
+    def weight(self) -> float:
+        """The share of the weights."""
+        return 1.0 - self.decay
+
+    def noise(self, mains: Tensors, bits: int) -> Noise:
+        """The random bits of this update."""
+        sizes = [main.numel() for main in mains]
+        room = min(CHUNK, sum(sizes))
+        return Noise(bits, self.stream, self.starts, sizes, room, mains[0].device)
 
 
 @dataclass(frozen=True)
@@ -69,15 +99,7 @@ class Format:
         """
         copy_(targets, mains)
 
-    def update_(
-        self,
-        parts: tuple[Tensors, Tensors],
-        params: Tensors,
-        decay: float,
-        stream: int,
-        starts: Sequence[int],
-        casts: Casts | None = None,
-    ) -> None:
+    def update_(self, mains: Tensors, lows: Tensors, params: Tensors, update: Update) -> None:
         """Move every EMA towards its weights: ``ema <- decay * ema + (1 - decay) * weights``.
 
         The arithmetic of the formats that round is fp32, ``lerp(ema, weights, 1 - decay)`` with
@@ -85,18 +107,12 @@ class Format:
         1.0 leaves all as it is.
 
         Args:
-            parts: Main and low-order tensors, changed in place; the second list is empty for a
-                format that has none.
+            mains: Main tensors, changed in place.
+            lows: Low-order tensors, changed in place; empty for a format that has none.
             params: Weights, same shapes, of one dtype.
-            decay: The share of the old EMA that is kept, in [0, 1].
-            stream: The number of this update. It decides, with ``starts``, every random bit: an
-                update repeated with the same number gives the same bits, another number others.
-            starts: For each tensor the position of its first element when all elements of the
-                model are numbered through; for a shard, that of the shard's first element.
-                Elements are counted in the order in which they lie in the memory of the main one.
-            casts: Room for weights of another dtype, as ``ema_update_`` takes it.
+            update: Which update it is.
         """
-        ema_update_(parts[0], params, decay, casts)
+        ema_update_(mains, params, update.decay, update.casts)
 
 
 class _Rounding(Format):
@@ -104,26 +120,16 @@ class _Rounding(Format):
 
     rounds = True
 
-    def update_(
-        self,
-        parts: tuple[Tensors, Tensors],
-        params: Tensors,
-        decay: float,
-        stream: int,
-        starts: Sequence[int],
-        casts: Casts | None = None,
-    ) -> None:
+    def update_(self, mains: Tensors, lows: Tensors, params: Tensors, update: Update) -> None:
         """As ``Format.update_``."""
-        if not params or decay == 1.0:
+        if not params or update.decay == 1.0:
             return
-        if decay == 0.0:
-            self.encode_(*parts, params)
+        if update.decay == 0.0:
+            self.encode_(mains, lows, params)
         else:
-            self._average_(*parts, params, 1.0 - decay, _Positions(stream, starts))
+            self._average_(mains, lows, params, update)
 
-    def _average_(
-        self, mains: Tensors, lows: Tensors, params: Tensors, weight: float, at: "_Positions"
-    ) -> None:
+    def _average_(self, mains: Tensors, lows: Tensors, params: Tensors, update: Update) -> None:
         raise NotImplementedError
 
 
@@ -151,14 +157,12 @@ class Compensated(_Rounding):
             rests = _gather(wide, lows_).nan_to_num_(0.0, 0.0, 0.0)
             torch._foreach_add_(targets_, carve(rests, targets_))
 
-    def _average_(
-        self, mains: Tensors, lows: Tensors, params: Tensors, weight: float, at: "_Positions"
-    ) -> None:
+    def _average_(self, mains: Tensors, lows: Tensors, params: Tensors, update: Update) -> None:
         # W. Kahan 1965: y = w (p - e) + c; s = e + y; c = y - (s - e); e = s
         scratch = buffers(mains, 3)
         for batch in _batched(mains, lows, params):
             ema, rest, step = map(_gather, scratch, batch)
-            rest.add_(step.sub_(ema), alpha=weight)
+            rest.add_(step.sub_(ema), alpha=update.weight)
             total = torch.add(ema, rest, out=step)
             rest.add_(ema.sub_(total))
             _scatter_(batch[0], total)
@@ -188,26 +192,22 @@ class Float24(_Rounding):
         for mains_, lows_, targets_ in _batched(mains, lows, targets):
             _scatter_(targets_, _join24(values, spare, mains_, lows_))
 
-    def _average_(
-        self, mains: Tensors, lows: Tensors, params: Tensors, weight: float, at: "_Positions"
-    ) -> None:
-        noise, (values, spare) = at.noise(mains, 8), buffers(params, 2)
+    def _average_(self, mains: Tensors, lows: Tensors, params: Tensors, update: Update) -> None:
+        noise, (values, spare) = update.noise(mains, 8), buffers(params, 2)
         for mains_, lows_, params_ in _batched(mains, lows, params):
             ema = _join24(values, spare, mains_, lows_)
-            bits, rest = _rounded(ema, _gather(spare, params_), weight, noise)
+            bits, rest = _rounded(ema, _gather(spare, params_), update.weight, noise)
             _split24_(bits, rest, mains_, lows_)
 
 
 class BFloat16(_Rounding):
     """bfloat16: the upper 16 bits of fp32."""
 
-    def _average_(
-        self, mains: Tensors, lows: Tensors, params: Tensors, weight: float, at: "_Positions"
-    ) -> None:
-        noise, (values, spare) = at.noise(mains, 16), buffers(params, 2)
+    def _average_(self, mains: Tensors, lows: Tensors, params: Tensors, update: Update) -> None:
+        noise, (values, spare) = update.noise(mains, 16), buffers(params, 2)
         for mains_, params_ in _batched(mains, params):
             ema = _gather(values, mains_)
-            bits, _ = _rounded(ema, _gather(spare, params_), weight, noise)
+            bits, _ = _rounded(ema, _gather(spare, params_), update.weight, noise)
             _scatter_(mains_, _upper_half(bits))
 
 
@@ -223,19 +223,6 @@ def format_of(main: torch.dtype, low: torch.dtype | None = None) -> Format:
     """The format of tensors of these dtypes."""
     known = (f for f in FORMATS.values() if (f.main, f.low) == (main, low))
     return next(known, Format(main, low))
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Which update it is, and where each tensor begins: all that random bits depend on."""
-
-    stream: int
-    starts: Sequence[int]
-
-    def noise(self, mains: Tensors, bits: int) -> Noise:
-        sizes = [main.numel() for main in mains]
-        room = min(CHUNK, sum(sizes))
-        return Noise(bits, self.stream, self.starts, sizes, room, mains[0].device)
 
 
 def _rounded(ema: Tensor, weights: Tensor, weight: float, noise: Noise) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,12 @@ but an EMA. Tensors inside ``param_groups`` are spared both:
 
     state[i]        ... the inner's entries alone
     param_groups[g] ... "ema_entries": the group's marks, and one dict for each of its parameters
+
+Beside the marks stand the notes of who has carried it, which nobody else needs to know.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from .._shadow.shadow_set import ShadowSet
@@ -18,14 +21,21 @@ from . import layout, read
 _ENTRIES = "ema_entries"
 
 
-def carry(state_dict: layout.StateDict) -> layout.StateDict:
-    """A checkpoint with the EMA's entries moved from the state into the param groups."""
+def carry(
+    state_dict: layout.StateDict, notes: Mapping[str, Any] = MappingProxyType({})
+) -> layout.StateDict:
+    """A checkpoint with the EMA's entries moved from the state into the param groups.
+
+    Args:
+        state_dict: The checkpoint.
+        notes: What the carrier wants to be told after a load, see ``notes_of``.
+    """
     inner, ours = layout.split(state_dict)
     groups = [
         {
             **group,
             _ENTRIES: {
-                "marks": {k: group[k] for k in layout.GROUP_MARKS if k in group},
+                "marks": {**{k: group[k] for k in layout.GROUP_MARKS if k in group}, **notes},
                 "params": [ours.get(key, {}) for key in group["params"]],
             },
         }
@@ -49,7 +59,8 @@ def uncarry(state_dict: Mapping[str, Any]) -> layout.StateDict:
             for key, entry in zip(group["params"], carried["params"], strict=True):
                 if entry:
                     state[key] = {**_entries_of(state, key), **entry}
-            group.update(carried["marks"])
+            marks = carried["marks"].items()
+            group.update({name: mark for name, mark in marks if name in layout.GROUP_MARKS})
         groups.append(group)
     return {**state_dict, "state": state, "param_groups": groups}
 
@@ -59,12 +70,12 @@ def is_carrying(groups: Sequence[Group]) -> bool:
     return any(isinstance(group, Mapping) and _ENTRIES in group for group in groups)
 
 
-def carried_step(groups: Sequence[Group]) -> int | None:
-    """The trainer's step at which the EMA in live param groups was saved."""
+def notes_of(groups: object) -> dict[str, Any]:
+    """The notes in the param groups of a checkpoint, or in live ones."""
+    if not isinstance(groups, list) or not is_carrying(groups):
+        return {}
     marks = [group[_ENTRIES]["marks"] for group in groups if _ENTRIES in group]
-    return max(
-        (mark["ema_global_step"] for mark in marks if "ema_global_step" in mark), default=None
-    )
+    return {k: v for mark in marks for k, v in mark.items() if k not in layout.GROUP_MARKS}
 
 
 def adopt(shadow: ShadowSet) -> None:

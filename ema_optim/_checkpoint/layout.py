@@ -35,8 +35,7 @@ StateDict = dict[str, Any]
 
 STATE_KEYS = ("ema", "ema_step", "ema_weights", "ema_low")
 GROUP_OPTIONS = ("ema_decay", "ema_enabled", "ema_dtype")
-# The last is a trainer's alone.
-GROUP_MARKS = ("ema_step", "ema_swapped", "ema_format", "ema_global_step")
+GROUP_MARKS = ("ema_step", "ema_swapped", "ema_format")
 
 
 def saved_marks(

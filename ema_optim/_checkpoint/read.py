@@ -30,7 +30,6 @@ class Loaded:
             then, whatever this run averages: the training weights are nowhere else. Where a
             placeholder was saved it equals the weights, and nothing changes.
         cold: Whether the checkpoint is of a trained optimizer but holds no average.
-        trainer_step: The trainer's step at which it was saved, where a trainer has noted it.
         held: What the model held then, as far as the checkpoint tells.
     """
 
@@ -38,12 +37,11 @@ class Loaded:
     step: int = 0
     swapped: bool = False
     cold: bool = False
-    trainer_step: int | None = None
     held: Held | None = None
 
-    def install(self, shadow: ShadowSet) -> None:
+    def install(self, shadow: ShadowSet, notes: Mapping[str, Any] | None = None) -> None:
         """Replace the shadow set's EMA; what was swapped in before is forgotten."""
-        shadow.load(self.slots, self.step, self.swapped, self.held, self.trainer_step)
+        shadow.load(self.slots, self.step, self.swapped, self.held, notes)
 
 
 def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
@@ -77,9 +75,7 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
     step = _clock(state_dict, entries)
     with no_autograd():
         slots = {entry.param: entry.slot(shadow, step, swapped) for entry in entries}
-    noted = _marked(state_dict, "ema_global_step")
-    known = held(_texts(pairs, slots, notes))
-    return Loaded(slots, step, swapped, trainer_step=max(noted, default=None), held=known)
+    return Loaded(slots, step, swapped, held=held(_texts(pairs, slots, notes)))
 
 
 def keep_options(shadow: ShadowSet, before: Sequence[Group], saved: Sequence[Group]) -> None:
@@ -230,14 +226,9 @@ def _texts(
 
 
 def _clock(state_dict: Mapping[str, Any], entries: Sequence[_Entry]) -> int:
-    counts = _marked(state_dict, "ema_step")
-    return max(counts or [entry.count for entry in entries], default=0)
-
-
-def _marked(state_dict: Mapping[str, Any], mark: str) -> list[int]:
-    """The counts that param groups have under a mark."""
     groups = enumerate(state_dict["param_groups"])
-    return [_count(g[mark], f"param_groups[{i}]", mark) for i, g in groups if mark in g]
+    counts = [_count(g["ema_step"], f"param_groups[{i}]") for i, g in groups if "ema_step" in g]
+    return max(counts or [entry.count for entry in entries], default=0)
 
 
 def _label(groups: Sequence[Group], pair: Pair) -> str:
@@ -283,12 +274,12 @@ def _check_states(groups: Sequence[Group], pairs: Sequence[Pair], state: Mapping
             )
 
 
-def _count(value: object, label: str, what: str = "ema_step") -> int:
+def _count(value: object, label: str) -> int:
     if isinstance(value, torch.Tensor) and not value.is_meta and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 2**62:
         raise ValueError(
-            f"{what} of {label} must be a count (an integer from 0 to 2**62), got {value!r}: the "
+            f"ema_step of {label} must be a count (an integer from 0 to 2**62), got {value!r}: the "
             "checkpoint is damaged"
         )
     return value

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from .._arithmetic.average import Casts
-from .._arithmetic.formats import Format
+from .._arithmetic.formats import Format, Update
 from .._engines.quantized import dense, is_quantized
 from .._engines.sharding import PLAIN, first_element, is_sharded, local, local_parts
 from ..schedules import Decay, decay_factor
@@ -25,7 +25,7 @@ class Bucket:
     """Slots that one multi-tensor call can update: same devices, dtypes, decay and counts.
 
     ``emas`` (and ``lows``, see ``Slot``) are the tensors of this rank, ``weights()`` their weights;
-    ``starts`` number their elements, see ``formats.update_``.
+    ``starts`` number their elements, see ``formats.Update``.
     """
 
     decay: Decay
@@ -63,8 +63,8 @@ class Bucket:
 
     def average(self, factor: float) -> None:
         """``ema <- factor * ema + (1 - factor) * weights``; the clock numbers the update."""
-        parts, step = (self.emas, self.lows), self.counter.steps
-        self.format.update_(parts, self.weights(), factor, step, self.starts, self.casts)
+        update = Update(factor, self.counter.steps, self.starts, self.casts)
+        self.format.update_(self.emas, self.lows, self.weights(), update)
         self.counter.share *= factor
 
     def seed(self) -> None:

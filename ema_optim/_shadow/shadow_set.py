@@ -8,8 +8,7 @@ Everything mutable sits in this object, so that a proxy of the optimizer (Lightn
 to one with a ``__dict__`` of its own) and the optimizer itself can never disagree.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,23 +18,21 @@ from torch.optim import Optimizer
 from .._arithmetic.formats import FORMATS
 from .._engines.replaced import kinds_of, refuse_replaced
 from .._engines.sharding import local, refuse_flat
-from .._warnings import Warned
 from ..schedules import decay_factor
-from .buckets import follows, is_dry, make_buckets, params_of
-from .holdings import Holdings, no_autograd
-from .lanes import Lane, Lanes
+from .births import Births
+from .buckets import is_dry, make_buckets, params_of
+from .holdings import no_autograd
+from .lanes import Lane
 from .mistakes import BFLOAT16, NOTHING
 from .options import (
-    Options,
     check_options,
-    ema_format,
     format_name,
 )
 from .reserved import ReservedKeys
-from .slots import Group, Parts, Slot, stored, value_of
+from .slots import Group, Slot, value_of
 
 
-class ShadowSet(Holdings):
+class ShadowSet(Births):
     """The EMA of the parameters in the param groups of a source.
 
     The arguments are those of ``Settings``.
@@ -43,20 +40,17 @@ class ShadowSet(Holdings):
 
     def __init__(self, *settings: Any, **named: Any) -> None:
         super().__init__(*settings, **named)
-        self.step = 0  # the largest clock: counted optimizer steps
         self.dry = False  # whether the inner optimizer has made a step that moved nothing
-        self.trainer_step: int | None = None  # at which a trainer has saved what was loaded
-        self.warned = Warned()
+        self._notes: Mapping[str, Any] = {}  # of who has saved what was loaded
         self.held: Any = None  # what the model held when what was loaded was saved, see pending
         self.given: list[Group] = []  # the options that each group had when wrapped or added
         self.compiled: Any = None  # what stands in for the inner step after compile()
-        self._lanes = Lanes()
         self._known = kinds_of(params_of(self.groups))
         self.keys = ReservedKeys()
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: dict[str, Any] = {"compiled": None, "_known": {}}
-        return {**super().__getstate__(), **fresh, "_lanes": Lanes()}
+        return {**super().__getstate__(), **fresh}
 
     def begin_step(self) -> Lane | None:
         """Prepare one step, before the weights move.
@@ -127,7 +121,7 @@ class ShadowSet(Holdings):
         step: int = 0,
         swapped: bool = False,
         held: Any = None,
-        trainer_step: int | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Hold these slots alone; what was swapped in before is forgotten.
 
@@ -136,16 +130,16 @@ class ShadowSet(Holdings):
             step: The largest clock.
             swapped: Whether their EMA weights were in the model that they were saved with.
             held: What that model held, see ``pending``.
-            trainer_step: At which step a trainer has saved them.
+            notes: Of who has saved them, see ``take_notes``.
         """
         self.forget_lanes()
         self.take(slots, swapped)
-        self.step, self.held, self.trainer_step = step, held, trainer_step
+        self.step, self.held, self._notes = step, held, notes or {}
 
-    def take_trainer_step(self) -> int | None:
-        """The step at which a trainer has saved what was loaded; asked once after a load."""
-        step, self.trainer_step = self.trainer_step, None
-        return step
+    def take_notes(self) -> Mapping[str, Any]:
+        """The notes of who has saved what was loaded; handed out once after a load."""
+        notes, self._notes = self._notes, {}
+        return notes
 
     def follow_members(self) -> None:
         """Have every EMA that is to be begin at the weights of this moment."""
@@ -154,30 +148,6 @@ class ShadowSet(Holdings):
         refuse_flat(members)
         with no_autograd():
             self.slots = {param: self.new_slot(param, self.options) for param in members}
-
-    def set_ema_step(self, slot: Slot, ema_step: int) -> None:
-        """Have a slot show a counter that an engine assigns."""
-        if ema_step != self.ema_step(slot):
-            self.step = max(self.step, ema_step)  # no parameter is ahead of the clock
-            steps = max(slot.counter.steps, ema_step)
-            slot.set_counts(steps, *self.counter_at(ema_step, steps, None))
-
-    def forget_lanes(self) -> None:
-        """Have the buckets made anew at the next step (a slot was changed from outside)."""
-        self._lanes.clear()
-        self.forget_memory()
-
-    def remove(self, param: Tensor) -> None:
-        """Forget the slot of a parameter."""
-        self.forget_lanes()
-        self.drop(param)
-
-    def hand_over(self, old: Tensor, new: Tensor) -> None:
-        """Let the slot of a tensor that was replaced be its successor's."""
-        slot = self.find(old)
-        self.remove(old)
-        if slot is not None:
-            self.slots[new] = slot
 
     def note_given(self, options: Iterable[Group]) -> None:
         """Remember what groups were given when they were wrapped or added: it outlives a load."""
@@ -215,68 +185,11 @@ class ShadowSet(Holdings):
         slots = self.all_slots().items()
         return {p: slot for p, slot in slots if slot.age and here.get(id(p), absent)}
 
-    def clock_of(self, group: Group) -> int:
-        """The clock of a param group: how many of its steps were counted."""
-        slots = filter(None, map(self.all_slots().get, group["params"]))
-        marked = min(self.step, group.get("ema_step", self.step))  # an old mark after a new start
-        return max((slot.counter.steps for slot in slots), default=marked)
-
-    def slot_for(self, param: Tensor) -> Slot:
-        """The slot of a parameter, made if it has none, to be written to."""
-        self.forget_lanes()
-        slot = self.find(param)
-        if slot is None:
-            with no_autograd():
-                slot = self.slots[param] = self.new_slot(param, self.options)
-        return slot
-
-    def members(self) -> list[Tensor]:
-        """Unique parameters that have, or at the next step will have, an EMA."""
-        return list(dict.fromkeys([*chain(*map(self._followed, self.groups)), *self.absent.keys()]))
-
-    def new_slot(
-        self, param: Tensor, options: Options, parts: Parts | None = None, steps: int | None = None
-    ) -> Slot:
-        """A slot in the format that is wanted for the parameter; called under ``no_autograd()``.
-
-        Args:
-            param: The parameter.
-            options: Those of its group.
-            parts: What it is to hold; None for the parameter's weights.
-            steps: The clock of its group; None for the largest.
-        """
-        kept = (param, None) if parts is None else parts
-        slot = Slot.of(param, kept, ema_format(param.dtype, options.dtype))
-        slot.counter.steps = self.step if steps is None else steps
-        return slot
-
-    def waits(self, slot: Slot) -> bool:
-        """Whether a slot holds no average yet, and will be seeded from the weights once more."""
-        waits = self.sees_steps or slot.counter.steps < self.update_after_step
-        return waits and not slot.age
-
-    def renew_placeholders(self) -> None:
-        """Have placeholders hold the weights of this moment, as a checkpoint is to show them.
-
-        In new tensors: the old one may be the template that a distributed load has written into.
-        """
-        for param, slot in self.slots.items():
-            if self.waits(slot):
-                with no_autograd():
-                    slot.ema, slot.low = stored(param, param, slot.format)
-                self._lanes.clear()
-
     def decay_in_force(self) -> float:
         """The decay of one step now: that of the first group with an EMA."""
         all_options = map(self.options.of, self.groups)
         decay = next((o.decay for o in all_options if o.enabled), self.decay)
         return decay_factor(decay, max(1, self.step - self.update_after_step), 1)
-
-    def _followed(self, group: Group) -> list[Tensor]:
-        if not self.options.of(group).enabled:
-            return []
-        slots = self.all_slots()
-        return [p for p in group["params"] if p in slots or follows(group, p)]
 
     def _lane(self, groups: Sequence[Group]) -> Lane:
         lane = self._lanes.find(groups)
@@ -298,48 +211,10 @@ class ShadowSet(Holdings):
         self._lanes.leave(groups)
         self._known = kinds_of([*params, *self._lanes.params()])
         with no_autograd():
-            self._look_after_slots(groups)
+            self.look_after_slots(groups)
         if any(slot.format == FORMATS[torch.bfloat16] for slot in self.slots.values()):
             self.warned.once("bfloat16", BFLOAT16)
         with no_autograd():
             every, clock_of = self.update_every, self.clock_of
             buckets = make_buckets(groups, self.slots, self.options, every, clock_of)
         return Lane.of(groups, self.slots, buckets)
-
-    def _look_after_slots(self, groups: Sequence[Group]) -> None:
-        """Make missing slots, mend stale ones, and part with those of parameters that have left."""
-        refuse_flat(params_of(groups))
-        here, known = dict[Tensor, Slot](), self.all_slots()
-        for group in groups:
-            options, clock = self.options.of(group), self.clock_of(group)
-            for param in self._followed(group):
-                if param not in here:
-                    slot = self._mended(param, known.get(param), options)
-                    here[param] = slot or self.new_slot(param, options, steps=clock)
-        stepped, held = (set(map(id, ps)) for ps in (params_of(groups), self._lanes.params()))
-        gone = {p: s for p, s in known.items() if id(p) not in stepped}
-        self.slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}
-        # A model has all its parameters at any time: what is not there is gone for good.
-        left = {p: s for p, s in gone.items() if self.sees_steps and id(p) not in held}
-        self.set_absent(left)
-
-    def _mended(self, param: Tensor, slot: Slot | None, options: Options) -> Slot | None:
-        if slot is None:
-            return None
-        if slot.ema.shape != param.shape:
-            self.warn_of_shape(param)
-            return None
-        wanted = ema_format(param.dtype, options.dtype)
-        moved = slot.ema.device != param.device
-        if moved or (slot.format != wanted and param not in self.swapped):
-            slot.convert(param, wanted)
-        return slot
-
-    def warn_of_shape(self, param: Tensor) -> None:
-        """Warn once that the EMA of a parameter of another shape than before begins anew."""
-        self.warned.once(
-            "shape",
-            f"a parameter has got another shape, {tuple(param.shape)}, than its EMA: the EMA "
-            "begins anew at the new weights. To keep it, bring state[param]['ema'] to the new "
-            "shape together with the weights",
-        )

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any
 
 from .._arithmetic.formats import FORMATS, Format, format_of
-from .._checkpoint.carry import uncarry
+from .._checkpoint.carry import notes_of, uncarry
 from .._checkpoint.notes import parse
 from .._shadow.options import format_name
 from .parts import Part, plain
@@ -68,8 +68,8 @@ def _read(source: Source, where: str, tree: Tree) -> Iterator[Entry]:
     names = [_names(group) for group in tree["param_groups"]]
     if not any(names):
         names = list(source.names.get(where, names))
-    tree = uncarry(tree)
     _check_step(source, tree)
+    tree = uncarry(tree)
     state, seen = tree["state"], set()
     for index, group in enumerate(tree["param_groups"]):
         if not plain(group.get("ema_enabled", True)):
@@ -118,12 +118,11 @@ def _check_format(found: Format, name: str | None, label: str) -> None:
 
 def _check_step(source: Source, tree: Tree) -> None:
     # A run without the callback carries an old EMA along.
-    steps = [g["ema_global_step"] for g in tree["param_groups"] if "ema_global_step" in g]
-    if source.step is not None and steps and max(steps) != source.step:
+    step = notes_of(tree["param_groups"]).get("ema_global_step")
+    if source.step is not None and step not in (None, source.step):
         raise ValueError(
-            f"the EMA must be of the checkpoint's step {source.step}, got one of step "
-            f"{max(steps)}: a run without EMACallback has carried it along. Take "
-            f"checkpoint-{max(steps)}"
+            f"the EMA must be of the checkpoint's step {source.step}, got one of step {step}: a "
+            f"run without EMACallback has carried it along. Take checkpoint-{step}"
         )
 
 

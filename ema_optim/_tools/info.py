@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._checkpoint.carry import uncarry
+from .._checkpoint.carry import notes_of, uncarry
 from .._checkpoint.notes import parse
 from .entries import Entry, entries_of
 from .parts import plain
@@ -26,14 +26,15 @@ def info(path: Path) -> list[str]:
 def facts(source: Source, entries: Sequence[Entry], key: str | None) -> dict[str, Any]:
     """What the files say of their EMA; None for what they do not say."""
     trees = source.optimizers.values() if key is None else [source.optimizers[key]]
+    saved = [group for tree in trees for group in tree["param_groups"]]
     groups = [group for tree in trees for group in uncarry(tree)["param_groups"]]
     steps = [int(plain(group["ema_step"])) for group in groups if "ema_step" in group]
     formats = [parse(group.get("ema_format"), "a param group").format for group in groups]
-    noted = [group["ema_global_step"] for group in groups if "ema_global_step" in group]
+    noted = notes_of(saved).get("ema_global_step")
     return {
         "ema_source": source.kind,
         "ema_step": max(steps or _steps(entries)),
-        "ema_global_step": source.step if source.step is not None else max(noted, default=None),
+        "ema_global_step": noted if source.step is None else source.step,
         "ema_decay": _one([plain(group.get("ema_decay")) for group in groups]),
         "ema_format": _one(formats),
         "ema_swapped": any(bool(plain(group.get("ema_swapped"))) for group in groups),

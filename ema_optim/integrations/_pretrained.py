@@ -25,6 +25,7 @@ from .._shadow.slots import read_
 from .._version import __version__
 from .._warnings import log, warn
 from ..optimizer import EMAOptimizer
+from ._trainer_optimizer import step_of
 
 
 def ema_folder(model: Any, checkpoint: str) -> str:
@@ -149,7 +150,7 @@ def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
     saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     loaded = read.read(optimizer._ema, carry.uncarry(saved))
     step = _step_of(checkpoint)
-    if loaded.trainer_step not in (None, step) or loaded.cold:
+    if step_of(saved["param_groups"]) not in (None, step) or loaded.cold:
         warn(
             f"{checkpoint} holds no EMA of step {step}, since a run without the callback has "
             "written it: the model keeps its training weights"

@@ -16,6 +16,8 @@ from .._forwarding import call_if_there, inner_step
 from .._shadow import names
 from ..optimizer import EMAOptimizer
 
+_STEP = "ema_global_step"  # the note of the Trainer's step at which an EMA was saved
+
 
 class TrainerEMAOptimizer(EMAOptimizer):
     """The wrapper that the callback makes: its checkpoints load into the bare optimizer as well.
@@ -55,10 +57,8 @@ class TrainerEMAOptimizer(EMAOptimizer):
     def _state_dict(self) -> dict[str, Any]:
         if self._is_alone():
             return strip_ema_state_dict(super()._state_dict())
-        state_dict = super()._state_dict()
         step = 0 if self.trainer_state is None else self.trainer_state.global_step
-        groups = [{**group, "ema_global_step": step} for group in state_dict["param_groups"]]
-        carried = carry.carry({**state_dict, "param_groups": groups})
+        carried = carry.carry(super()._state_dict(), {_STEP: step})
         if self.trainer_model is not None:
             found = names.group_names(self.param_groups, self.trainer_model)
             for group, own in zip(carried["param_groups"], found, strict=True):
@@ -97,19 +97,23 @@ def renewed(old: TrainerEMAOptimizer, options: dict[str, Any]) -> TrainerEMAOpti
     return made
 
 
+def step_of(groups: Any) -> int | None:
+    """The Trainer's step at which the EMA that param groups carry was saved."""
+    return carry.notes_of(groups).get(_STEP)
+
+
 def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     """Adopt the EMA that was loaded, here or by the bare optimizer, if it is of this very step.
 
     It is not after a run without the callback, whose checkpoints carry an old EMA along.
     """
     shadow, groups = optimizer._ema, optimizer.param_groups
-    saved_at = shadow.take_trainer_step()
-    if carry.is_carrying(groups) and carry.carried_step(groups) == global_step:
+    saved_at = shadow.take_notes().get(_STEP)
+    if carry.is_carrying(groups) and step_of(groups) == global_step:
         carry.adopt(shadow)
     elif saved_at not in (None, global_step):
         read.Loaded({}).install(shadow)
     carry.drop(groups)
-    shadow.take_trainer_step()  # seen to; a later training begins at another step
     if global_step and not shadow.slots:
         shadow.warned.once(
             "cold",

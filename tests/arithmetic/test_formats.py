@@ -9,7 +9,7 @@ import torch
 from measured import peak_allocation
 
 from ema_optim._arithmetic.average import ema_update_
-from ema_optim._arithmetic.formats import FORMATS, format_of
+from ema_optim._arithmetic.formats import FORMATS, Update, format_of
 from ema_optim._arithmetic.scratch import CHUNK
 
 MIB = 2**20
@@ -48,7 +48,7 @@ def positions(tensors):
 
 def update(parts, params, decay, stream=1, starts=None):
     starts = positions(params) if starts is None else starts
-    form_of(*parts).update_(parts, params, decay, stream, starts)
+    form_of(*parts).update_(*parts, params, Update(decay, stream, starts))
     return parts
 
 
@@ -227,7 +227,7 @@ def test_the_order_of_the_list_changes_no_bit(name):
     order = [5, 0, 7, 3, 1, 6, 2, 4]
     starts = [positions(params)[i] for i in order]
     lists = [[part[i] for i in order] if part else [] for part in (*shuffled, params)]
-    FORMATS[name].update_(lists[:2], lists[2], 0.9, 1, starts)
+    FORMATS[name].update_(*lists, Update(0.9, 1, starts))
     assert same_parts(shuffled, whole)
 
 
@@ -392,7 +392,7 @@ def test_no_generator_is_touched(name):
 @each_format
 def test_nothing_to_do_is_nothing(name):
     for decay in (0.0, 0.9, 1.0):
-        FORMATS[name].update_(([], []), [], decay, 1, [])
+        FORMATS[name].update_([], [], [], Update(decay, 1, []))
     update(stored(name, [torch.empty(0, 3)]), [torch.empty(0, 3)], 0.9)
     FORMATS[name].decode_([], [], [])
     FORMATS[name].encode_([], [], [])

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ema_optim import __version__, compute_optimal_decay
-from ema_optim._arithmetic.formats import FORMATS, Format
+from ema_optim._arithmetic.formats import FORMATS, Format, Update
 
 PLAIN = {"float32": Format(torch.float32)}
 ALL = {**PLAIN, **{str(name).removeprefix("torch."): form for name, form in FORMATS.items()}}
@@ -51,8 +51,8 @@ class Average:
             new = torch._foreach_lerp([m.float() for m in self.mains], params, 1 - self.decay)
             torch._foreach_copy_(self.mains, new)
         else:
-            parts = self.mains, self.lows
-            self.form.update_(parts, params, self.decay, self.updates, self.starts)
+            update = Update(self.decay, self.updates, self.starts)
+            self.form.update_(self.mains, self.lows, params, update)
 
     def read(self) -> list[Tensor]:
         targets = [torch.empty_like(main, dtype=torch.float64) for main in self.mains]

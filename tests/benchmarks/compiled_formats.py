@@ -13,7 +13,7 @@ import torch
 from accuracy_formats import print_table
 from tqdm import tqdm
 
-from ema_optim._arithmetic.formats import FORMATS
+from ema_optim._arithmetic.formats import FORMATS, Update
 
 SIZE, ROUNDS, WEIGHT = 4 << 20, 15, 1e-3
 NEAR = {"float32_compensated": 1e-6, "float24": 1e-4, torch.bfloat16: 2e-2}
@@ -79,7 +79,8 @@ def rows_of(name, form, start, weights, ramp, key):
     low = lows[0] if lows else None
     kernel(main, low, weights, ramp, key)
     check(name, main, lows, start, weights)
-    yield "eager", lambda: form.update_(([other], others), [weights], 1 - WEIGHT, 1, [0])
+    first = Update(1 - WEIGHT, 1, [0])
+    yield "eager", lambda: form.update_([other], others, [weights], first)
     yield "compiled", lambda: kernel(main, low, weights, ramp, key)
 
 

@@ -9,7 +9,7 @@ from reference import Reference, same, through_file, wide
 from torch import nn
 
 from ema_optim import EMAModel, EMAOptimizer, strip_ema_state_dict
-from ema_optim._arithmetic.formats import format_of
+from ema_optim._arithmetic.formats import Update, format_of
 from ema_optim._shadow.options import ema_format
 from ema_optim._shadow.slots import stored
 
@@ -304,7 +304,8 @@ def test_the_step_and_the_position_in_the_model_decide_on_every_bit(format):
         optimizer.step()
         for i, (mains, lows) in expected.items():
             form = format_of(mains[0].dtype, lows[0].dtype if lows else None)
-            form.update_((mains, lows), [params[i].detach()], DECAY, step, [(0, 15, 19)[i]])
+            update = Update(DECAY, step, [(0, 15, 19)[i]])
+            form.update_(mains, lows, [params[i].detach()], update)
             kept = optimizer.state[params[i]]
             assert torch.equal(kept["ema"], mains[0])
             assert not lows or torch.equal(kept["ema_low"], lows[0])
