@@ -16,7 +16,7 @@ parameters have no EMA, and what the model held (see ``notes``). Of older files 
 The dicts of inner optimizers that have another form are nested, see ``nested``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
     groups = shadow.groups
     shadow.look_at_memory()
     shadow.renew_placeholders()
-    found = list(packed_pairs(groups, packed["param_groups"]))
+    found = packed_pairs(groups, packed["param_groups"])
     keys = {pair.param: pair.key for pair in found}
     if not shadow.swapped.keys() <= keys.keys():
         raise RuntimeError(
@@ -181,14 +181,14 @@ class Pair(NamedTuple):
     position: int
 
 
-def packed_pairs(groups: Sequence[Group], saved: Sequence[Group]) -> Iterator[Pair]:
+def packed_pairs(groups: Sequence[Group], saved: Sequence[Group]) -> list[Pair]:
     """Unique parameters with their packed keys."""
-    seen: set[Tensor] = set()
+    pairs: dict[Tensor, Pair] = {}
     for index, (group, packed) in enumerate(zip(groups, saved, strict=True)):
         for position, param in enumerate(group["params"]):
-            if param not in seen:
-                seen.add(param)
-                yield Pair(param, packed["params"][position], index, position)
+            if param not in pairs:
+                pairs[param] = Pair(param, packed["params"][position], index, position)
+    return list(pairs.values())
 
 
 def options_of(group: Group) -> Group:

@@ -54,7 +54,7 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
     check_form(state_dict)
     groups, saved = shadow.groups, state_dict["param_groups"]
     notes = _check_groups(groups, saved)
-    pairs = list(packed_pairs(groups, saved))
+    pairs = packed_pairs(groups, saved)
     _check_states(groups, pairs, state_dict["state"])
     inner, ours = split(state_dict)
     swapped = any(bool(group.get("ema_swapped")) for group in saved)

@@ -109,7 +109,8 @@ class Births(Holdings):
 
     def look_after_slots(self, groups: Sequence[Group]) -> None:
         """Make missing slots, mend stale ones, and part with those of parameters that have left."""
-        refuse_flat(params_of(groups))
+        params = params_of(groups)
+        refuse_flat(params)
         here, known = dict[Tensor, Slot](), self.all_slots()
         for group in groups:
             options, clock = self.options.of(group), self.clock_of(group)
@@ -117,7 +118,7 @@ class Births(Holdings):
                 if param not in here:
                     slot = self._mended(param, known.get(param), options)
                     here[param] = slot or self.new_slot(param, options, steps=clock)
-        stepped, held = (set(map(id, ps)) for ps in (params_of(groups), self._lanes.params()))
+        stepped, held = (set(map(id, ps)) for ps in (params, self._lanes.params()))
         gone = {p: s for p, s in known.items() if id(p) not in stepped}
         self.slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}
         # A model has all its parameters at any time: what is not there is gone for good.

@@ -255,9 +255,10 @@ def resolve_pending(shadow: ShadowSet) -> None:
 
 def refuse_swapped(shadow: ShadowSet, what: str, also_after_eval: bool = True) -> None:
     """Raise RuntimeError for what must not happen while the EMA weights are in."""
-    if shadow.mode is Mode.BLOCK:
+    mode = shadow.mode
+    if mode is Mode.BLOCK:
         raise RuntimeError(f"{what} inside swap_ema_weights(): leave the block first")
-    if shadow.mode is Mode.EVAL and shadow.swapped and also_after_eval:
+    if mode is Mode.EVAL and shadow.swapped and also_after_eval:
         raise RuntimeError(f"{what} after eval(): call optimizer.train() first")
 
 
