@@ -48,6 +48,8 @@ class EMAModel(Door):
             training weights. Default 0.
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``. Default None: fp32 for every
             narrower float, else the tensor's own dtype.
+        skip_non_finite: Whether an element whose weight is NaN or infinite keeps its EMA at that
+            update, as for ``EMAOptimizer``. Default False.
 
     It equals ``torch.optim.swa_utils.AveragedModel`` bit for bit with ``update()`` where that has
     ``update_parameters(model)``: with ``update_after_step=1`` the one that averages by
@@ -76,13 +78,13 @@ class EMAModel(Door):
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        skip_non_finite: bool = False,
     ) -> None:
         mistakes.check_model(model)
         self.model = model
         self._source = ModelGroups(model, use_buffers)
-        self._ema = ShadowSet(
-            self._source, decay, update_every, update_after_step, dtype, sees_steps=False
-        )
+        settings = self._source, decay, update_every, update_after_step, dtype
+        self._ema = ShadowSet(*settings, skip_non_finite=skip_non_finite, sees_steps=False)
         self._movement = Movement()
         self.reset()
         warn_of_tau(decay)

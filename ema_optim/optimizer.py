@@ -54,6 +54,10 @@ class EMAOptimizer(InnerDoor):
             ``"float32_compensated"`` (6 bytes) for decays of 0.9999 and more. Default None: fp32
             for every narrower float (rounded to nearest an EMA would stop moving), else the
             parameter's own dtype.
+        skip_non_finite: Whether an element whose weight is NaN or infinite keeps its EMA at that
+            update, so that a run that goes back to good weights has a good EMA; the next swap,
+            metrics or save warns once, with the names. An update on a CPU takes 1.5 to 2.4 times as
+            long. Default False: such a weight stays in the EMA.
         module: The model, to name the FSDP2 modules that own the parameters. Default None: found.
 
     Raises:
@@ -78,12 +82,15 @@ class EMAOptimizer(InnerDoor):
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        skip_non_finite: bool = False,
         module: nn.Module | None = None,
     ) -> None:
         check_wrappable(optimizer, EMAOptimizer)
         nested.check_served(optimizer)
         check_groups(optimizer.param_groups)
-        shadow = ShadowSet(optimizer, decay, update_every, update_after_step, dtype, module)
+        shadow = ShadowSet(
+            optimizer, decay, update_every, update_after_step, dtype, module, skip_non_finite
+        )
         warn_of_tau(decay)
         if layout.clear_reserved(optimizer):
             shadow.warned.add("cold")

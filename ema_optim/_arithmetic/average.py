@@ -115,6 +115,13 @@ def non_finite(tensors: list[Tensor]) -> list[int]:
     return sorted(_without_norm(_without_norm(filled, 2.0), math.inf))
 
 
+def flagged(flags: list[Tensor]) -> list[int]:
+    """Positions of the 0-dim tensors that are True, read with one wait for each device."""
+    groups = by_place(dict(enumerate(flags)))
+    read = [zip(g, torch.stack(list(g.values())).tolist(), strict=True) for g in groups]
+    return sorted(position for pairs in read for position, flag in pairs if flag)
+
+
 def _square_of_norm(piece: Tensor) -> Tensor:
     double = torch.complex128 if piece.is_complex() else torch.float64
     square: Tensor = torch.linalg.vector_norm(piece, dtype=double).square().real

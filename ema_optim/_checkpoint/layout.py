@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from .._arithmetic.formats import FORMATS
 from .._shadow.options import format_name
 from .._shadow.pending import model_fingerprint
+from .._shadow.report import warn_skipped
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Group
 from .._warnings import warn
@@ -74,6 +75,7 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
     That of a model is never written while swapped, and needs no room for the training weights.
     """
     groups = shadow.groups
+    warn_skipped(shadow)
     shadow.look_at_memory()
     shadow.renew_placeholders()
     found = packed_pairs(groups, packed["param_groups"])

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from .._arithmetic.average import Casts
 from .._arithmetic.formats import Format, Update
+from .._arithmetic.guard import guarded_update_
 from .._engines.quantized import dense, is_quantized
 from .._engines.sharding import PLAIN, first_element, is_sharded, local, local_parts
 from ..schedules import Decay, decay_factor
@@ -25,7 +27,8 @@ class Bucket:
     """Slots that one multi-tensor call can update: same devices, dtypes, decay and counts.
 
     ``emas`` (and ``lows``, see ``Slot``) are the tensors of this rank, ``weights()`` their weights;
-    ``starts`` number their elements, see ``formats.Update``.
+    ``starts`` number their elements, see ``formats.Update``. ``met`` is there where non-finite
+    weights are to be skipped, see ``guard``.
     """
 
     decay: Decay
@@ -34,6 +37,7 @@ class Bucket:
     sharded: bool = False
     quantized: bool = False
     casts: Casts | None = None
+    met: Tensor | None = None
     params: list[Tensor] = field(default_factory=list)
     emas: list[Tensor] = field(default_factory=list)
     lows: list[Tensor] = field(default_factory=list)
@@ -64,8 +68,20 @@ class Bucket:
     def average(self, factor: float) -> None:
         """``ema <- factor * ema + (1 - factor) * weights``; the clock numbers the update."""
         update = Update(factor, self.counter.steps, self.starts, self.casts)
-        self.format.update_(self.emas, self.lows, self.weights(), update)
+        if self.met is None:
+            self.format.update_(self.emas, self.lows, self.weights(), update)
+        else:
+            parts = self.emas, self.lows
+            guarded_update_(self.format, parts, self.weights(), update, self.met)
         self.counter.share *= factor
+
+    def watch(self) -> None:
+        """Skip weights that are not finite from now on, and remember where some were met."""
+        device = self.emas[0].device
+        known = [torch.tensor(False) if s.met is None else s.met for s in self.slots]
+        self.met = torch.stack([met.to(device) for met in known])
+        for slot, met in zip(self.slots, self.met.unbind(), strict=True):
+            slot.met = met
 
     def seed(self) -> None:
         """Begin at the weights."""

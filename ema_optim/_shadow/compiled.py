@@ -100,7 +100,7 @@ class CompiledStep:
         name = f"Optimizer.step#{type(inner).__name__}.step"  # as in profiles of the eager step
         with no_autograd(), self._as_tensors(inner.param_groups):
             averages = [
-                (bucket.emas, bucket.params, self._rate(index, bucket, factor))
+                (bucket.emas, bucket.params, bucket.met, self._rate(index, bucket, factor))
                 for index, (bucket, factor) in enumerate(updates)
             ]
             self._log_first(inner, updates)
@@ -173,12 +173,19 @@ def undecorated_step(inner: Optimizer) -> Any:
 
 
 def _step_and_average(
-    step: Any, inner: Optimizer, averages: list[tuple[list[Tensor], list[Tensor], Tensor]]
+    step: Any,
+    inner: Optimizer,
+    averages: list[tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]],
 ) -> Any:
     result = step(inner)
-    for emas, weights, rate in averages:
-        for ema, weight in zip(emas, weights, strict=True):
-            ema.lerp_(weight.to(ema.dtype), rate)
+    for emas, weights, met, rate in averages:
+        for i, (ema, weight) in enumerate(zip(emas, weights, strict=True)):
+            if met is None:
+                ema.lerp_(weight.to(ema.dtype), rate)
+                continue
+            finite = torch.isfinite(weight)
+            met[i].logical_or_(~finite.all())
+            ema.copy_(torch.where(finite, torch.lerp(ema, weight.to(ema.dtype), rate), ema))
     return result
 
 

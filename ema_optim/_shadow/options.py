@@ -98,6 +98,13 @@ def as_count(name: str, value: int, least: int) -> int:
     return value
 
 
+def as_flag(name: str, value: bool) -> bool:
+    """Return ``value`` if it is True or False; raise TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def as_dtype(dtype: object, what: str = "dtype") -> EMADtype:
     """Return ``dtype`` if an EMA can be stored so; raise TypeError or ValueError."""
     if dtype is not None and not isinstance(dtype, (torch.dtype, str)):

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .._arithmetic.average import non_finite, relative_distance, squared_norms
+from .._arithmetic.average import flagged, non_finite, relative_distance, squared_norms
 from .._arithmetic.scratch import sample_of
 from .._engines.quantized import apart, dense
 from .._engines.sharding import by_spread, local, locals_of, sum_over_ranks
 from .._warnings import warn
 from ..schedules import compute_optimal_decay, initial_share
 from .holdings import no_autograd
+from .record import names_of
 from .shadow_set import ShadowSet
 from .slots import Slot, value_of
 
@@ -22,6 +23,7 @@ _SHARE_LIMIT = 0.1
 
 def metrics(shadow: ShadowSet) -> dict[str, float]:
     """The health of the EMA as floats, ready for a logger."""
+    warn_skipped(shadow)
     params = shadow.members()
     decay = shadow.decay_in_force()
     return {
@@ -66,7 +68,24 @@ def warn_export(shadow: ShadowSet) -> None:
     """Warn, where the EMA is about to be read, of one that is not worth reading."""
     counted = shadow.counted()
     warn_young(shadow, "export", counted)
+    warn_skipped(shadow)
     warn_non_finite(shadow, counted)
+
+
+def warn_skipped(shadow: ShadowSet) -> None:
+    """Warn once of weights that were skipped because they were not finite (on this rank)."""
+    if not shadow.skip_non_finite or "skipped" in shadow.warned:
+        return
+    watched = [(p, s.met) for p, s in shadow.all_slots().items() if s.met is not None]
+    met = [watched[i][0] for i in flagged([flag for _, flag in watched])]
+    if met:
+        names = ", ".join(names_of(shadow.groups, met)) or f"{len(met)} tensors"
+        shadow.warned.once(
+            "skipped",
+            f"weights were NaN or infinite at some update, and their EMA was kept as it was "
+            f"(skip_non_finite): {names}. Look at the training weights: the optimizer goes on "
+            "from them",
+        )
 
 
 def warn_young(shadow: ShadowSet, kind: str, counted: Mapping[Tensor, Slot]) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .._arithmetic.formats import EMADtype
 from ..schedules import Decay, as_decay, initial_share
-from .options import Options, as_count, as_dtype, as_module
+from .options import Options, as_count, as_dtype, as_flag, as_module
 from .slots import Group, Slot
 
 
@@ -22,6 +22,7 @@ class Settings:
         dtype: How an EMA tensor is stored, see ``formats``; None is fp32 for every narrower float,
             else the parameter's own dtype. A group's own ``ema_dtype`` goes before.
         module: The module that holds the FSDP2 modules, where they are not found by themselves.
+        skip_non_finite: Whether an element whose weight is NaN or infinite keeps its EMA.
         sees_steps: Whether the source is an optimizer, so that an average can begin at the weights
             before a step. The average of a model begins at the weights of its birth.
     """
@@ -34,6 +35,7 @@ class Settings:
         update_after_step: int,
         dtype: EMADtype,
         module: nn.Module | None = None,
+        skip_non_finite: bool = False,
         sees_steps: bool = True,
     ) -> None:
         self.source = source
@@ -42,6 +44,7 @@ class Settings:
         self.update_after_step = as_count("update_after_step", update_after_step, least=0)
         self.dtype = as_dtype(dtype)
         self.module = as_module(module)
+        self.skip_non_finite = as_flag("skip_non_finite", skip_non_finite)
         self.sees_steps = sees_steps
         self._share: tuple[Any, float] | None = None
 

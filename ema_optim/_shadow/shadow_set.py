@@ -217,4 +217,6 @@ class ShadowSet(Births):
         with no_autograd():
             every, clock_of = self.update_every, self.clock_of
             buckets = make_buckets(groups, self.slots, self.options, every, clock_of)
+            for bucket in buckets if self.skip_non_finite else ():
+                bucket.watch()
         return Lane.of(groups, self.slots, buckets)

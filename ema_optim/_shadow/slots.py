@@ -60,6 +60,8 @@ class Slot:
         counter: Shared with the other slots of its bucket.
         ahead: By how much ``age`` is larger than the counter's.
         ratio: By what factor ``share`` is larger than the counter's.
+        met: Whether a weight was met that was not finite (0-dim, on the device); None where
+            nobody looks.
     """
 
     ema: Tensor
@@ -69,6 +71,7 @@ class Slot:
     counter: Counter = field(default_factory=Counter)
     ahead: int = 0
     ratio: float = 1.0
+    met: Tensor | None = None
 
     @classmethod
     def of(

@@ -91,6 +91,7 @@ def put_in(shadow: ShadowSet) -> None:
     """Put the EMA weights in, with the warnings that they may be worth."""
     counted = shadow.counted()
     report.warn_young(shadow, "swap", counted)
+    report.warn_skipped(shadow)
     doubtful = swap_in(shadow, counted)
     shadow.mark_swapped()
     if doubtful:
