@@ -69,6 +69,8 @@ class EMAModel(Door):
         ...     evaluate(model)
     """
 
+    _groups_of = ModelGroups
+
     def __init__(
         self,
         model: nn.Module,
@@ -82,7 +84,7 @@ class EMAModel(Door):
     ) -> None:
         mistakes.check_model(model)
         self.model = model
-        self._source = ModelGroups(model, use_buffers)
+        self._source = self._groups_of(model, use_buffers)
         settings = self._source, decay, update_every, update_after_step, dtype
         self._ema = ShadowSet(*settings, skip_non_finite=skip_non_finite, sees_steps=False)
         self._movement = Movement()
@@ -244,6 +246,9 @@ class EMAModel(Door):
             RuntimeError: Inside ``use_ema()``, where the model's state dict holds the EMA weights.
         """
         self._refuse_in_block("state_dict()")
+        return self._packed()
+
+    def _packed(self) -> dict[str, Any]:
         groups = self._saved_groups()
         packed = [{"params": g["param_names"], "ema_params": self._averaged(g)} for g in groups]
         empty = {"state": {}, "param_groups": packed}
@@ -262,13 +267,16 @@ class EMAModel(Door):
             RuntimeError: Inside ``use_ema()``.
         """
         self._refuse_in_block("load_state_dict()")
+        self._read(state_dict).install(self._ema)
+
+    def _read(self, state_dict: Mapping[str, Any]) -> read.Loaded:
         groups = self._saved_groups()
         model_form.check_names(groups, state_dict)
         # By name, not by position: the order of a model's modules may change.
         named = [{**g, "params": list(g["param_names"])} for g in groups]
         pairs = zip(state_dict["param_groups"], named, strict=False)  # buffers may be left out
         saved = {**state_dict, "param_groups": [{**old, **new} for old, new in pairs]}
-        read.read(self._ema, saved).install(self._ema)
+        return read.read(self._ema, saved)
 
     def __repr__(self) -> str:
         """Settings, whether swapped, and what model it is of."""

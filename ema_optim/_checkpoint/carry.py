@@ -5,7 +5,8 @@ exists. That would cast the EMA to the parameters' dtype, and fail on a state th
 but an EMA. Tensors inside ``param_groups`` are spared both:
 
     state[i]        ... the inner's entries alone
-    param_groups[g] ... "ema_entries": the group's marks, and one dict for each of its parameters
+    param_groups[g] ... "ema_entries": the group's marks, and one dict for each of its parameters;
+                        in the first group also averaged buffers, as an EMAModel saves them
 
 Beside the marks stand the notes of who has carried it, which nobody else needs to know.
 """
@@ -19,6 +20,7 @@ from .._shadow.slots import Group
 from . import layout, read
 
 _ENTRIES = "ema_entries"
+_BUFFERS = "buffers"
 
 
 def carry(
@@ -76,6 +78,17 @@ def notes_of(groups: object) -> dict[str, Any]:
         return {}
     marks = [group[_ENTRIES]["marks"] for group in groups if _ENTRIES in group]
     return {k: v for mark in marks for k, v in mark.items() if k not in layout.GROUP_MARKS}
+
+
+def carried_buffers(groups: Sequence[Group]) -> Mapping[str, Any] | None:
+    """The averaged buffers that param groups carry beside the EMA; None if there are none."""
+    entries = (group.get(_ENTRIES) for group in groups)
+    return next((e[_BUFFERS] for e in entries if isinstance(e, Mapping) and _BUFFERS in e), None)
+
+
+def carry_buffers(carried: layout.StateDict, buffers: Mapping[str, Any]) -> None:
+    """Have a checkpoint that ``carry`` has returned hold averaged buffers too."""
+    carried["param_groups"][0][_ENTRIES][_BUFFERS] = buffers
 
 
 def adopt(shadow: ShadowSet) -> None:

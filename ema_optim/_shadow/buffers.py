@@ -1,6 +1,6 @@
 """A model's buffers, which are known by name: ``Module.to()`` and some forwards replace them."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -16,15 +16,20 @@ Wanted = bool | Sequence[str]
 
 
 class HeldBuffers:
-    """The buffers of a model as they are now, tensors and values, to be put back later."""
+    """The buffers of a model as they are now, tensors and values, to be put back later.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The model.
+        only: These buffers alone; None for all.
+    """
+
+    def __init__(self, model: nn.Module, only: Container[Tensor] | None = None) -> None:
         with no_autograd():
             self._held = [
                 (module, name, buffer, buffer.clone())
                 for module in model.modules()
                 for name, buffer in module._buffers.items()
-                if buffer is not None and not is_lazy(buffer)
+                if buffer is not None and not is_lazy(buffer) and (only is None or buffer in only)
             ]
 
     def put_back(self) -> None:
@@ -66,7 +71,7 @@ class AveragedBuffers:
         if self.wanted is False:
             return {}
         patterns = None if self.wanted is True else self.wanted
-        found = _statistics(model) if patterns is None else _matching(model, patterns)
+        found = statistics(model) if patterns is None else _matching(model, patterns)
         if shadow.mode is not Mode.BLOCK:
             if patterns is not None and not anew:
                 self._check_shapes(found, shadow)
@@ -117,15 +122,16 @@ def temporary_buffers(model: nn.Module) -> set[Tensor]:
     }
 
 
-def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    statistics = {
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of torch's norm classes and their subclasses, by name."""
+    running = {
         module._buffers.get(name)
         for module in model.modules()
         if isinstance(module, _NormBase)
         for name in ("running_mean", "running_var")
     }
     named = named_buffers(model).items()
-    return {n: b for n, b in named if b in statistics and b.is_floating_point() and not is_lazy(b)}
+    return {n: b for n, b in named if b in running and b.is_floating_point() and not is_lazy(b)}
 
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tensor]:

@@ -24,11 +24,14 @@ class ModelGroups:
 
     def look(self, shadow: ShadowSet, anew: bool = False) -> None:
         """Walk the model; ``anew`` as ``AveragedBuffers.find`` takes it."""
-        params = unique(named_parameters(self.model))
+        params = self._params()
         groups: list[Group] = [{"params": list(params), "param_names": list(params.values())}]
         if buffers := unique(self.buffers.find(self.model, shadow, anew)):
             groups.append(_buffer_group(buffers))
         self.param_groups = groups
+
+    def _params(self) -> dict[Tensor, str]:
+        return unique(named_parameters(self.model))
 
     def leave_temporary(self) -> None:
         """Leave out the buffers that no state dict of the model holds, until the next look."""
@@ -39,6 +42,13 @@ class ModelGroups:
             pairs = zip(group["params"], group["param_names"], strict=True)
             if lasting := {b: name for b, name in pairs if b not in temporary}:
                 self.param_groups.append(_buffer_group(lasting))
+
+
+class BufferGroups(ModelGroups):
+    """The averaged buffers of a model alone, for one whose parameters have their EMA elsewhere."""
+
+    def _params(self) -> dict[Tensor, str]:
+        return {}
 
 
 def _buffer_group(buffers: Mapping[Tensor, str]) -> Group:

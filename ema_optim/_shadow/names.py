@@ -100,6 +100,11 @@ def load_ema_state(
     shadow.step = max(shadow.step, shadow.update_after_step + 1)
 
 
+def by_model_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Values under the names that the model has for them, where a prefix alone parts the two."""
+    return _by_known_names(state, _named_tensors(model))
+
+
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     check_model(model)
     return {**named_buffers(model), **named_parameters(model)}

@@ -25,6 +25,7 @@ from .._shadow.slots import read_
 from .._version import __version__
 from .._warnings import log, warn
 from ..optimizer import EMAOptimizer
+from ._buffers import buffers_of
 from ._trainer_optimizer import step_of
 
 
@@ -158,6 +159,9 @@ def load_best(optimizer: EMAOptimizer, model: Any, checkpoint: str) -> None:
         return
     with no_autograd():
         read_(loaded.slots, list(loaded.slots.values()))
+    buffers, averaged = buffers_of([optimizer]), carry.carried_buffers(saved["param_groups"])
+    if buffers is not None and averaged is not None:
+        buffers.show(averaged)
 
 
 def _step_of(checkpoint: str) -> int:

@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -15,11 +15,12 @@ from .._engines.sharding import is_sharded
 from .._forwarding import call_if_there, inner_step
 from .._shadow import names
 from ..optimizer import EMAOptimizer
+from . import _buffers
 
 _STEP = "ema_global_step"  # the note of the Trainer's step at which an EMA was saved
 
 
-class TrainerEMAOptimizer(EMAOptimizer):
+class TrainerEMAOptimizer(_buffers.BufferedEMAOptimizer):
     """The wrapper that the callback makes: its checkpoints load into the bare optimizer as well.
 
     The Trainer loads ``optimizer.pt`` into the optimizer that it has made, before any callback is
@@ -53,6 +54,7 @@ class TrainerEMAOptimizer(EMAOptimizer):
         call_if_there(self.inner, "eval")
 
     trainer_model: Any = None  # for the names in its files
+    loaded_buffers: Mapping[str, Any] | None = None  # of the checkpoint that was loaded last
 
     def _state_dict(self) -> dict[str, Any]:
         if self._is_alone():
@@ -63,7 +65,13 @@ class TrainerEMAOptimizer(EMAOptimizer):
             found = names.group_names(self.param_groups, self.trainer_model)
             for group, own in zip(carried["param_groups"], found, strict=True):
                 group["ema_entries"]["param_names"] = own
+        if self.buffers is not None:
+            carry.carry_buffers(carried, self.buffers.state_dict())
         return carried
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super()._load_state_dict(state_dict)
+        self.loaded_buffers = carry.carried_buffers(state_dict.get("param_groups", ()))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy."""
@@ -94,6 +102,7 @@ def renewed(old: TrainerEMAOptimizer, options: dict[str, Any]) -> TrainerEMAOpti
     if saved is not None:
         read.read(made._ema, saved).install(made._ema)
         made._ema.mark()
+    made.loaded_buffers = old.loaded_buffers
     return made
 
 
@@ -110,10 +119,17 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     shadow, groups = optimizer._ema, optimizer.param_groups
     saved_at = shadow.take_notes().get(_STEP)
     if carry.is_carrying(groups) and step_of(groups) == global_step:
+        saved_at = global_step
+        if isinstance(optimizer, TrainerEMAOptimizer):
+            optimizer.loaded_buffers = carry.carried_buffers(groups)
         carry.adopt(shadow)
     elif saved_at not in (None, global_step):
         read.Loaded({}).install(shadow)
     carry.drop(groups)
+    if isinstance(optimizer, TrainerEMAOptimizer):
+        if global_step or saved_at is not None:
+            _buffers.resume(optimizer, optimizer.loaded_buffers, saved_at == global_step)
+        optimizer.loaded_buffers = None
     if global_step and not shadow.slots:
         shadow.warned.once(
             "cold",

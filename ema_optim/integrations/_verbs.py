@@ -13,6 +13,7 @@ from .._shadow.holdings import no_autograd
 from .._shadow.options import check_tensor
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
+from ._buffers import OwnStatistics
 
 
 class EMAVerbs:
@@ -23,6 +24,7 @@ class EMAVerbs:
         self._loaded: dict[str, Tensor] | None = None
         self._original: dict[nn.Module, dict[str, Tensor]] = {}
         self._holds_best = False  # whether the trainer has loaded the EMA of its best checkpoint
+        self._statistics: OwnStatistics | None = None  # of the last training, unless averaged
 
     def _averaged(self) -> Sequence[EMAOptimizer]:
         """The optimizers of the last training that have an EMA."""
@@ -30,6 +32,11 @@ class EMAVerbs:
 
     def _written(self) -> None:
         """Called after weights were put into a model or taken out of it."""
+
+    def _tell_of_statistics(self, optimizer: EMAOptimizer, model: nn.Module | None) -> None:
+        """Called while the EMA weights may be in the model."""
+        if self._statistics is not None and model is not None and optimizer.swapped:
+            self._statistics.warn(model)
 
     def apply_ema(self, model: nn.Module) -> None:
         """Copy the EMA weights into ``model``, one way, until ``restore_original(model)``.
@@ -45,7 +52,7 @@ class EMAVerbs:
         for optimizer in self._averaged():
             optimizer.train()  # an evaluation may have failed half-way
         state = self._ema_by_name()
-        named = names.named_parameters(model)
+        named = _named(model)
         if missing := sorted(set(state) - set(named)):
             raise KeyError(
                 f"the model must have every parameter of the EMA, it lacks {missing}: pass the "
@@ -72,11 +79,11 @@ class EMAVerbs:
         for optimizer in self._averaged():
             if optimizer.swapped:
                 optimizer.train()
-        _copy(self._original.pop(model, {}), names.named_parameters(model))
+        _copy(self._original.pop(model, {}), _named(model))
         self._written()
 
     def get_ema_state(self) -> dict[str, Tensor]:
-        """The EMA weights by parameter name, as CPU tensors in the EMA's dtype.
+        """The EMA weights (and averaged buffers) by name, as CPU tensors in the EMA's dtype.
 
         Under FSDP every rank calls it; the whole tensors are gathered one at a time for the first
         rank, and the dict of the others is empty.
@@ -137,8 +144,12 @@ class EMAVerbs:
         return dict(self.__dict__)
 
 
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {**names.named_buffers(model), **names.named_parameters(model)}
+
+
 def _copy(state: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
-    """Copy values by name into parameters, each rank its own part."""
+    """Copy values by name into parameters and buffers, each rank its own part."""
     with no_autograd():
         for name, value in state.items():
             write_(local(named[name]), part_for(named[name], value))

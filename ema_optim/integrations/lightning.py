@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .._arithmetic.formats import EMADtype
 from .._shadow import names, report
+from .._shadow.buffers import Wanted
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay
@@ -23,11 +24,12 @@ except ImportError:
         message = 'EMAWeights needs Lightning: pip install "ema_optim[lightning]"'
         raise ImportError(message) from error
 
+from . import _buffers
 from ._options import EMAOptions
 from ._verbs import EMAVerbs
 
 
-class LightningEMAOptimizer(EMAOptimizer):
+class LightningEMAOptimizer(_buffers.BufferedEMAOptimizer):
     """The wrapper that the callback makes."""
 
     @property
@@ -74,6 +76,10 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         update_every: Optimizer steps between two updates. Default 1: the exact EMA.
         update_after_step: Optimizer steps until averaging begins. Default 0.
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
+        use_buffers: Which buffers are averaged too and go wherever the EMA weights go, as
+            ``EMAModel`` takes it: True for the running statistics of BatchNorm, a list of names, or
+            False. Of several optimizers the steps of the first averaged one count. Default None:
+            False, with a warning where statistics go with other weights.
         optimizers: Which of several optimizers are averaged, by their positions in what
             ``configure_optimizers`` returns: ``[0]`` for the generator of a GAN. Default None:
             those that are an ``EMAOptimizer`` already, else all.
@@ -81,7 +87,8 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
     Raises:
         ValueError, TypeError: An argument is out of its range. At the start of ``fit`` also: two
             callbacks average the weights, an argument is not that of the ``EMAOptimizer`` from
-            ``configure_optimizers``, or the strategy shards the weights.
+            ``configure_optimizers``, the strategy shards the weights, or ``use_buffers`` goes with
+            an ``EMAOptimizer`` from there, or is True where not every optimizer is averaged.
     """
 
     def __init__(
@@ -91,10 +98,13 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        use_buffers: Wanted | None = None,
         optimizers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self._options = EMAOptions(decay, update_every, update_after_step, dtype)
+        self._use_buffers = _buffers.as_choice(use_buffers)
+        self._saved_buffers: Any = None  # in the checkpoint that the fit resumes from
         self._wanted = _check_positions(optimizers)
         self._optimizers: list[EMAOptimizer] = []  # of the last fit
         self._averages: Sequence[int] = ()  # their positions
@@ -109,6 +119,7 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
                 raise ValueError(f"one callback may average the weights, got {two}: remove one")
         if stage == "fit":
             self._optimizers, self._original, self.model = [], {}, pl_module
+            self._saved_buffers = None
 
     def _averaged(self) -> list[EMAOptimizer]:
         return self._optimizers
@@ -124,7 +135,26 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         for index in self._averages:
             optimizers[index] = _wrap(optimizers[index], self._options, steps)
             self._optimizers.append(optimizers[index])
+        self._follow_buffers(trainer, pl_module, self._options.resolved(steps))
         trainer.optimizers = optimizers
+
+    def _follow_buffers(self, trainer: Any, pl_module: Any, options: dict[str, Any]) -> None:
+        wanted = self._use_buffers
+        self._statistics = _buffers.OwnStatistics(pl_module) if wanted is None else None
+        if not wanted:
+            return
+        first = self._optimizers[0]
+        if not isinstance(first, LightningEMAOptimizer):
+            _buffers.refuse_own(first, wanted, "from configure_optimizers")
+            return
+        if wanted is True and len(self._optimizers) < len(trainer.optimizers):
+            raise ValueError(
+                "use_buffers must list names where not every optimizer is averaged, got True: "
+                "name the buffers of the averaged part, as in ['generator.*.running_*']"
+            )
+        first.buffers = _buffers.BufferEMA(pl_module, wanted, options)
+        if trainer.ckpt_path:  # the model's own are loaded already
+            _buffers.resume(first, self._saved_buffers, adopted=True)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take what ``load_ema_state`` was given, unless the fit resumes."""
@@ -153,6 +183,7 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         self._swapped = [optimizer for optimizer in self._optimizers if not optimizer.swapped]
         for optimizer in self._swapped:
             optimizer.eval()
+            self._tell_of_statistics(optimizer, pl_module)
 
     def _swap_out(self, *args: Any) -> None:
         """Put the training weights back."""
@@ -178,10 +209,14 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         # An entry here has Lightning warn of a resume without this callback. (As state_dict() it
         # would have Lightning refuse two of them by a message without a remedy.)
         found = [names.group_names(o.param_groups, pl_module) for o in trainer.optimizers]
-        checkpoint["callbacks"][self.state_key] = {"ema_step": steps, "param_names": found}
+        entry = checkpoint["callbacks"][self.state_key] = {"ema_step": steps, "param_names": found}
+        if (buffers := _buffers.buffers_of(self._optimizers)) is not None:
+            entry["buffers"] = buffers.state_dict()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Begin a resumed fit at the training weights; ``state_dict`` has just been loaded."""
+        entry = checkpoint.get("callbacks", {}).get(self.state_key) or {}
+        self._saved_buffers = entry.get("buffers")
         if trainer.state.fn == "fit" and "current_model_state" in checkpoint:
             state = _migrated(pl_module, checkpoint)
             pl_module.load_state_dict(state, strict=pl_module.strict_loading)
@@ -259,6 +294,10 @@ def _part_weights(optimizer: EMAOptimizer, model: nn.Module, checkpoint: dict[st
         if name in ema and param in members:
             # The tensors of the optimizer's state, not copies of them: the file holds them once.
             ema[name], training[name] = shadow.ema_of(param), shadow.weights_of(param)
+    buffers = _buffers.buffers_of([optimizer])
+    for name, (ema_of, own) in ({} if buffers is None else buffers.both_by_name()).items():
+        if name in ema:
+            ema[name], training[name] = ema_of, own
     checkpoint["state_dict"], checkpoint["current_model_state"] = ema, training
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from .._arithmetic.formats import EMADtype
 from .._engines import adapters
 from .._shadow import report, swap
+from .._shadow.buffers import Wanted
 from .._shadow.options import same_option
 from ..optimizer import EMAOptimizer
 from ..schedules import Decay
@@ -21,7 +22,7 @@ except ImportError as error:
         'EMACallback needs transformers and accelerate: pip install "ema_optim[transformers]"'
     ) from error
 
-from . import _pretrained
+from . import _buffers, _pretrained
 from . import _trainer_logs as _logs
 from ._options import EMAOptions
 from ._trainer_hub import check_strategy, push_ema, warn_of_folders
@@ -50,12 +51,6 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
     ``load_best_model_at_end`` the model ends with the EMA weights of the best checkpoint. Every
     reporter gets ``ema_decay`` and ``ema_distance`` with the logs of the training.
 
-    Where the learning rate is decayed to zero, as the Trainer does by default, an EMA gains nothing
-    by the end: in ``examples/hf_trainer.py`` the evaluation loss is 1.750 on the EMA against 1.807
-    on the training weights at a constant rate, 1.796 against 1.782 at a linear one. Set
-    ``lr_scheduler_type="constant_with_warmup"``, or with "warmup_stable_decay" read off the EMA,
-    while the rate is constant, about what the decay will give.
-
     If the learning rate is decayed to zero, as the Trainer does by default, an EMA gains nothing.
     Set ``lr_scheduler_type="constant_with_warmup"``, or ``"warmup_stable_decay"``, under which it
     helps until the decay at the end. Evaluation loss after 800 steps of ``examples/hf_trainer.py``,
@@ -70,6 +65,9 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         update_every: Optimizer steps between two updates. Default 1.
         update_after_step: Optimizer steps until averaging begins. Default 0.
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
+        use_buffers: Which buffers are averaged too and go wherever the EMA weights go, as
+            ``EMAModel`` takes it: True for the running statistics of BatchNorm, a list of names, or
+            False. Default None: False, with a warning where statistics go with other weights.
         evaluate_with: "ema" or "training", the weights that evaluation and prediction use, or
             "both": every evaluation on the EMA weights (``eval_loss``, ...) is followed by one on
             the training weights (``eval_training_loss``, ...), for two curves of one run. May be
@@ -85,7 +83,8 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             ``optimizer_cls_and_kwargs=(EMAOptimizer.for_class(AdamW, decay=...), {...})``.
         ValueError, TypeError: An argument is out of its range. At the start of the training also:
             it is not that of the Trainer's own ``EMAOptimizer``, there are two callbacks, or the
-            best checkpoint would hold no EMA weights to load.
+            best checkpoint would hold no EMA weights to load; or ``use_buffers`` goes with the
+            Trainer's own ``EMAOptimizer`` or with sharded weights.
     """
 
     def __init__(
@@ -95,6 +94,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        use_buffers: Wanted | None = None,
         evaluate_with: Literal["ema", "training", "both"] = "ema",
         save_ema: bool = True,
         hub_weights: Literal["training", "ema"] = "training",
@@ -108,6 +108,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
                 "save_ema=False: leave it out"
             )
         self.options = EMAOptions(decay, update_every, update_after_step, dtype)
+        self.use_buffers = _buffers.as_choice(use_buffers)
         self.optimizer: EMAOptimizer | None = None
         self.evaluate_with, self.save_ema = evaluate_with, save_ema
         self.hub_weights = hub_weights
@@ -142,12 +143,15 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             )
         if self.hub_weights == "ema":
             check_strategy(args)
+        _buffers.refuse_sharded(kwargs["model"], self.use_buffers)
         refuse_engines(kwargs["optimizer"], args)
         check_optimizer(kwargs["optimizer"].optimizer, kwargs["model"])
         self.model, self._trainer = kwargs["model"], running_trainer()
         self.optimizer = self._find_or_wrap(kwargs["optimizer"], state)
         self.optimizer.train()  # an earlier evaluation may have failed half-way
         self._original, self._holds_best, self._saved = {}, False, ""
+        own = self.use_buffers is None
+        self._statistics = _buffers.OwnStatistics(kwargs["model"]) if own else None
         self._written()
         _logs.put_first(self._trainer, self)
         if self._loaded is not None and not state.global_step:
@@ -187,6 +191,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         optimizer, model = _ema_optimizer(kwargs), kwargs.get("model")
         if optimizer is None:
             return
+        self._tell_of_statistics(optimizer, model)
         undone = optimizer.swapped and model is not None and adapters.unmerge(model)
         _put_back(optimizer)
         if undone:
@@ -239,6 +244,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         with self.optimizer.swap_ema_weights(), aside_of as aside:
             folder = _pretrained.ema_folder(model, aside)
             header = _pretrained.metadata(self.optimizer, state.global_step)
+            self._tell_of_statistics(self.optimizer, model)
             _pretrained.save_model(model, folder, header, writes)
             if writes and kwargs.get("processing_class") is not None:
                 kwargs["processing_class"].save_pretrained(folder)
@@ -266,6 +272,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if getattr(found, _BEGUN, None) is state:
             raise ValueError("the Trainer must have one EMACallback, got two: remove one of them")
         if isinstance(found, EMAOptimizer) and not isinstance(found, TrainerEMAOptimizer):
+            _buffers.refuse_own(found, self.use_buffers, "which the Trainer was given")
             self.options.check_same(found, state.max_steps, "which the Trainer was given")
         else:
             found = self._wrapper(accelerated, state)
@@ -277,6 +284,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         """A wrapper with the options of this training, the one that is there if it has them."""
         found, options = accelerated.optimizer, self.options.resolved(state.max_steps)
         self.options.log_choice(state.max_steps)
+        old = None if getattr(found, "missed", False) else getattr(found, "buffers", None)
         if not isinstance(found, TrainerEMAOptimizer):
             found = TrainerEMAOptimizer(found, **options)
         elif found.missed or any(
@@ -285,6 +293,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             found = renewed(found, options)
         if found is not accelerated.optimizer:
             _put_into(accelerated, found)
+        found.buffers = _buffers.continued(old, self.model, self.use_buffers, options)
         found.trainer_state, found.trainer_model = state, self.model
         found.attended = partial(_is_in, self._trainer, self)
         return cast(TrainerEMAOptimizer, found)
@@ -318,7 +327,10 @@ def _ema_optimizer(kwargs: Mapping[str, Any]) -> EMAOptimizer | None:
 def _put_back(optimizer: EMAOptimizer) -> None:
     # Not train(): that would also put a schedule-free optimizer's training weights into the
     # model, where a run without the callback still has those of its eval().
-    swap.put_back_after_eval(optimizer._ema)
+    if isinstance(optimizer, _buffers.BufferedEMAOptimizer):
+        optimizer.put_back()
+    else:
+        swap.put_back_after_eval(optimizer._ema)
 
 
 def _is_in(trainer: Any, callback: TrainerCallback) -> bool:
