@@ -8,7 +8,7 @@ from ema_optim import _warnings
 @pytest.fixture(autouse=True)
 def _some_things_are_told_already(monkeypatch):
     # Small decays keep tests of a few steps short. These warnings have tests of their own.
-    monkeypatch.setattr(_warnings, "_told", {"tau", "folders"})
+    monkeypatch.setattr(_warnings, "_told", {"tau", "folders", "statistics"})
 
 
 @pytest.fixture(autouse=True)

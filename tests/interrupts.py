@@ -14,6 +14,7 @@ from ema_optim import EMAModel, EMAOptimizer
 
 PACKAGE = str(Path(ema_optim.__file__).parent)
 FILES = ("swap.py", "swap_state.py", "exchange.py", "record.py", "optimizer.py", "model.py")
+FILES += ("_buffers.py",)
 
 
 class Interrupt(BaseException):
