@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any
 
 from .._arithmetic.formats import FORMATS, Format, format_of
-from .._checkpoint.carry import notes_of, uncarry
+from .._checkpoint.carry import carried_buffers, notes_of, uncarry
 from .._checkpoint.notes import parse
 from .._shadow.options import format_name
 from .parts import Part, plain
@@ -68,6 +68,8 @@ def _read(source: Source, where: str, tree: Tree) -> Iterator[Entry]:
     names = [_names(group) for group in tree["param_groups"]]
     if not any(names):
         names = list(source.names.get(where, names))
+    if (buffers := carried_buffers(tree["param_groups"])) is not None:
+        yield from _read(source, f"{where} buffers", dict(buffers))
     _check_step(source, tree)
     tree = uncarry(tree)
     state, seen = tree["state"], set()

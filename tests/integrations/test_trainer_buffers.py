@@ -8,6 +8,7 @@ import pytest
 import torch
 from interrupts import Interrupt, Tracer
 from reference import same
+from safetensors.torch import load_file
 from trainers import (
     DECAY,
     DOORS,
@@ -26,7 +27,7 @@ from trainers import (
 )
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
-from ema_optim import EMACallback, EMAModel, EMAWarning, _warnings
+from ema_optim import EMACallback, EMAModel, EMAWarning, _warnings, export_ema
 from ema_optim.integrations import _buffers
 
 MEAN, VAR = "norm.running_mean", "norm.running_var"
@@ -185,13 +186,15 @@ def test_checkpoint_with_averaged_buffers_resumes_without_use_buffers(tmp_path):
         assert same(weights(resumed.model), weights(whole.model))
 
 
-def test_folder_of_the_ema_weights_deploys_the_averaged_statistics(tmp_path):
+def test_folder_and_export_of_the_ema_deploy_the_averaged_statistics(tmp_path):
     model = normed()
     twin = Twin(model)
     fit(model, tmp_path, EMACallback(DECAY, use_buffers=True), twin, **saves(4))
     found = weights(Normed.from_pretrained(tmp_path / "checkpoint-4" / "ema"))
     assert same({name: found[name] for name in twin.states[4]}, twin.states[4])
     assert not same([found["net." + VAR]], [weights(model)["net." + VAR]])
+    export_ema(tmp_path / "checkpoint-4", tmp_path / "ema.safetensors")
+    assert same(load_file(tmp_path / "ema.safetensors"), twin.states[4])
 
 
 @pytest.mark.parametrize("files", [{}, {"save_only_model": True}], ids=["whole", "model only"])
