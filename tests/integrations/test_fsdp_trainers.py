@@ -105,6 +105,16 @@ def test_a_callback_alone_is_refused_under_fsdp_with_the_remedy(world, tmp_path)
         sharded_fit(llama(), tmp_path, EMACallback(DECAY))
 
 
+@pytest.mark.parametrize("wraps", [True, False])
+@on_ranks(2)
+def test_averaged_buffers_are_refused_under_fsdp2_with_the_remedy(world, wraps, tmp_path):
+    from trainers import llama
+
+    callback = EMACallback(use_buffers=True)
+    with pytest.raises(ValueError, match=r"got use_buffers=True and sharded weights .*update_bn"):
+        sharded_fit(llama(), tmp_path, callback, **class_of(wraps))
+
+
 @on_ranks(2)
 def test_fsdp1_is_refused_with_the_remedy(world):
     from ema_optim.integrations._trainer_optimizer import refuse_engines

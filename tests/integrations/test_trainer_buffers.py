@@ -330,6 +330,30 @@ def test_interrupt_on_the_way_of_a_swap_loses_nothing(swap):
     assert at > 200
 
 
+def test_apply_and_reset_of_the_optimizer_take_the_buffers_along():
+    model, optimizer = averaged(plain)
+    held, ema = weights(model), optimizer.get_ema_state(model, copy=False)
+    optimizer.reset()
+    assert same([optimizer.get_ema_state(model)[VAR]], [held[VAR]])
+    optimizer.load_ema_state(model, ema)
+    optimizer.eval()
+    optimizer.apply_ema()
+    optimizer.train()
+    assert same({name: weights(model)[name] for name in ema}, ema)
+    assert not same([held[VAR]], [ema[VAR]])
+
+
+def test_copy_made_in_an_evaluation_puts_its_own_buffers_back():
+    model, optimizer = averaged(plain)
+    held, ema = weights(model), optimizer.get_ema_state(model)
+    optimizer.eval()
+    other, copied = copy.deepcopy((model, optimizer))
+    copied.train()
+    assert same([weights(other), copied.get_ema_state(other)], [held, ema])
+    optimizer.train()
+    assert same([weights(model), optimizer.get_ema_state(model)], [held, ema])
+
+
 @pytest.mark.parametrize("build", [plain, narrow])
 def test_evaluation_that_writes_to_buffers_leaves_both_as_they_were(build):
     model, optimizer = averaged(build)
@@ -375,10 +399,3 @@ def test_use_buffers_is_checked_at_construction(wrong, message):
 def test_name_of_no_buffer_is_refused_when_the_training_begins(tmp_path):
     with pytest.raises(ValueError, match=re.escape("'*.no', which matches none")):
         fit(plain(), tmp_path, EMACallback(use_buffers=["*.no"]))
-
-
-def test_sharded_weights_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(_buffers, "is_sharded", lambda param: True)
-    with pytest.raises(ValueError, match="use_buffers must go with whole weights"):
-        fit(plain(), tmp_path, EMACallback(use_buffers=True))
-    fit(plain(), tmp_path, EMACallback(use_buffers=False), max_steps=1)
