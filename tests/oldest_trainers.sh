@@ -17,7 +17,7 @@ for row in "${rows[@]}"; do
     "$environment/bin/pip" list 2>/dev/null | grep -E "^(torch|transformers|accelerate|lightning|peft) "
     # What only old lines warn of: PEFT of an adapter's base without a file, transformers 4 of its
     # own use of an old autocast and of checkpoints that were written within one tick of the clock.
-    OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -p no:cacheprovider \
+    PYTHONPATH=$PWD OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -p no:cacheprovider \
         -W "ignore:mtime may not be reliable" -W "ignore:Could not find a config file in" \
         -W 'ignore:`torch.cpu.amp.autocast' \
         tests/integrations
