@@ -268,6 +268,7 @@ def test_the_readmes_command_writes_the_api_reference(tmp_path):
     assert "EMAOptimizer.swap_ema_weights" in pages["ema_optim.html"]
     assert "EMACallback.on_train_begin" in pages["transformers.html"]
     assert "Door.apply_ema" in pages["_door.html"]
+    assert "export_ema" in pages["export.html"]
     assert "EMAVerbs.apply_ema" in pages["_verbs.html"]
 
 

@@ -25,6 +25,11 @@ from ema_optim import EMAOptimizer
 
 DECAY = 0.1  # after one update no more than a tenth of the initial weights is left
 STEPS = 8
+V4 = transformers.__version__.startswith("4.")
+CHECKPOINTING = {"activation_checkpointing": True}
+if V4:
+    reentrant = {"use_reentrant": False}  # that one needs inputs with a gradient
+    CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": reentrant}
 
 
 def llama(seed=0, tie=True, cls=LlamaForCausalLM):
@@ -127,6 +132,7 @@ def make(model, folder, *callbacks, **options):
         "seed": 1,
     }
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+    quiet["label_names"] = ["labels"]  # transformers 4 does not find that of an adapter
     args = TrainingArguments(output_dir=str(folder), **{**defaults, **quiet, **options})
     made = cls(
         model=model,
@@ -238,15 +244,15 @@ def facts(trainer, callback):
     return [weights(trainer.model), callback.get_ema_state(), trainer.optimizer.state_dict()]
 
 
-OVERFLOW = {"init_scale": 2.0**10, "growth_interval": 2, "growth_factor": 2.0**115}
-FP16 = {"scaler": {**OVERFLOW, "backoff_factor": 2.0**-115}, "max_grad_norm": 0.0}
+OVERFLOW = {"init_scale": 2.0**10, "growth_interval": 2, "growth_factor": 2.0**117}
+FP16 = {"scaler": {**OVERFLOW, "backoff_factor": 2.0**-117}, "max_grad_norm": 0.0}
 
 
 def numbers(trainer):
     """What the training logged, without the times."""
     keys = ("step", "loss", "grad_norm", "learning_rate")
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [{k: repr(entry[k]) for k in keys} for entry in entries]  # NaN equals NaN this way
+    return [{k: repr(entry.get(k)) for k in keys} for entry in entries]  # NaN equals NaN this way
 
 
 class Stops(TrainerCallback):
@@ -257,7 +263,7 @@ class Stops(TrainerCallback):
 LOADERS = {
     llama: lambda folder: LlamaForCausalLM.from_pretrained(folder),
     untied: lambda folder: LlamaForCausalLM.from_pretrained(folder),
-    bf16: lambda folder: LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+    bf16: lambda folder: LlamaForCausalLM.from_pretrained(folder).bfloat16(),
     bert: lambda folder: BertForMaskedLM.from_pretrained(folder),
     lora: lambda folder: peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True),
 }

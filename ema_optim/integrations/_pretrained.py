@@ -209,7 +209,9 @@ def _converted(model: Any, folder: str) -> dict[str, Tensor]:
         )
     except (OSError, ValueError):  # a shard that its index lists is not there
         return {}
-    return {k: v for k, v in made.state_dict().items() if k not in set(info["missing_keys"])}
+    missing = set(info["missing_keys"])
+    found = made.state_dict().items()  # what an index lists and no file holds stays on meta
+    return {k: v for k, v in found if k not in missing and not v.is_meta}
 
 
 def _load_state(model: Any, state: dict[str, Any]) -> None:

@@ -482,33 +482,27 @@ def test_arguments_of_the_step_reach_the_inner_optimizer_of_a_compiled_one_too(c
     assert optimizer.inner.given == ((), {"scale": 2})
 
 
+HOOKS = {  # in the documented order, with whom they are handed and what is averaged by then
+    "own pre": (lambda o: o.register_step_pre_hook, "EMAOptimizer", 0),
+    "global pre": (lambda o: register_optimizer_step_pre_hook, "SGD", 0),
+    "inner pre": (lambda o: o.inner.register_step_pre_hook, "SGD", 0),
+    "inner post": (lambda o: o.inner.register_step_post_hook, "SGD", 0),
+    "global post": (lambda o: register_optimizer_step_post_hook, "SGD", 0),
+    "own post": (lambda o: o.register_step_post_hook, "EMAOptimizer", 1),
+}
+
+
 def test_hooks_run_in_the_documented_order():
     order, (_, (_, optimizer)) = [], pair(BUILDS["SGD"])
 
     def note(name):
-        return lambda *args: order.append((name, type(args[0]).__name__, steps_averaged()))
+        steps = optimizer.param_groups[0]
+        return lambda *args: order.append((name, type(args[0]).__name__, steps["ema_step"]))
 
-    def steps_averaged():
-        return optimizer.param_groups[0]["ema_step"]
-
-    handles = [
-        optimizer.register_step_pre_hook(note("own pre")),
-        optimizer.register_step_post_hook(note("own post")),
-        optimizer.inner.register_step_pre_hook(note("inner pre")),
-        optimizer.inner.register_step_post_hook(note("inner post")),
-        register_optimizer_step_pre_hook(note("global pre")),
-        register_optimizer_step_post_hook(note("global post")),
-    ]
+    handles = [register(optimizer)(note(name)) for name, (register, *_) in HOOKS.items()]
     train_alike(optimizer)
     [handle.remove() for handle in handles]
-    assert order == [
-        ("own pre", "EMAOptimizer", 0),
-        ("global pre", "SGD", 0),
-        ("inner pre", "SGD", 0),
-        ("inner post", "SGD", 0),
-        ("global post", "SGD", 0),
-        ("own post", "EMAOptimizer", 1),
-    ]
+    assert order == [(name, *expected) for name, (_, *expected) in HOOKS.items()]
 
 
 def test_hooks_of_the_state_dict_run_around_those_of_the_inner_optimizer():

@@ -1,6 +1,7 @@
 """Accelerate's and the Hugging Face Trainer's FSDP2, on CPU ranks."""
 
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from ema_optim import EMACallback
+
+# Accelerate 1.10 does not bring back the sharded state of a bare optimizer either.
+pytest.importorskip("accelerate", "1.15", reason="the version with which this was run")
+of_transformers_5 = pytest.mark.skipif(
+    version("transformers") < "5", reason="the Trainer of transformers 4 has no argument for FSDP2"
+)
 
 
 @pytest.mark.parametrize("states", STATES)
@@ -33,6 +40,7 @@ def test_accelerate_shards_saves_and_resumes_bit_for_bit(world, states, tmp_path
     assert equal(whole_ema(own, model), whole_ema(alone, plain))
 
 
+@of_transformers_5
 @pytest.mark.parametrize("states", STATES)
 @on_ranks(2)
 def test_a_sharded_trainer_trains_as_without_the_callback_and_resumes(world, states, tmp_path):
@@ -61,6 +69,7 @@ def loss_of(model):
         return float(sum(model(input_ids=i, labels=t).loss for i, t in halves) / 2)
 
 
+@of_transformers_5
 @pytest.mark.parametrize("states", STATES)
 @on_ranks(2)
 def test_the_ema_of_a_sharded_trainer_is_evaluated_and_deployed(world, states, tmp_path):
@@ -83,6 +92,7 @@ def test_the_ema_of_a_sharded_trainer_is_evaluated_and_deployed(world, states, t
     assert equal(whole_weights(trainer.model), weights)
 
 
+@of_transformers_5
 # With sharded state dicts transformers looks for the best checkpoint before its folder is made.
 @on_ranks(2)
 def test_a_sharded_trainer_ends_with_the_ema_weights_of_the_best_checkpoint(world, tmp_path):
@@ -97,6 +107,7 @@ def test_a_sharded_trainer_ends_with_the_ema_weights_of_the_best_checkpoint(worl
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-4)
 
 
+@of_transformers_5
 @on_ranks(2)
 def test_a_callback_alone_is_refused_under_fsdp_with_the_remedy(world, tmp_path):
     from trainers import llama

@@ -8,6 +8,7 @@ import torch
 from reference import same
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import ConstantLR
 from trainers import (
     DECAY,
     EVAL,
@@ -34,7 +35,7 @@ SLOW = {"lr_scheduler_type": "constant"}
 
 # A run without the callback carries the EMA of an earlier step along in optimizer.pt.
 def test_stale_ema_of_the_best_checkpoint_is_not_loaded(tmp_path):
-    fit(llama(), tmp_path, EMACallback(DECAY), **saves(4), **SLOW, max_steps=4)
+    fit(llama(), tmp_path, EMACallback(DECAY), **saves(4, evaluate=4), **SLOW, max_steps=4)
     between = fit(llama(), tmp_path, resume=tmp_path / "checkpoint-4", **best(8), **SLOW)
     wanted = parameters(between.model)
     options = {"resume": tmp_path / "checkpoint-8", "max_steps": 12, **SLOW}
@@ -267,7 +268,7 @@ def test_layer_wise_optimizer_is_refused(tmp_path):
 
     dummy = LayerWiseDummyOptimizer(optimizer_dict={}, lr=1e-2)
     with pytest.raises(ValueError, match="layer-wise optimizer steps inside the backward"):
-        fit(llama(), tmp_path, EMACallback(DECAY), optimizers=(dummy, None))
+        fit(llama(), tmp_path, EMACallback(DECAY), optimizers=(dummy, ConstantLR(dummy)))
 
 
 @pytest.mark.parametrize("name", ["Lomo", "AdaLomo"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import Reference, same, wide
+from reference import same, wide
 from trainers import (
     DECAY,
     LOADERS,
@@ -15,11 +15,9 @@ from trainers import (
     parameters,
     rounded,
     run_python,
-    trainable,
     untied,
     weights,
 )
-from transformers import TrainerCallback
 
 from ema_optim import EMACallback
 
@@ -84,21 +82,13 @@ def test_apply_ema_to_two_models_is_undone_for_each(tmp_path):
 def test_training_after_apply_ema_goes_on_from_the_ema_weights(tmp_path):
     model, callback = llama(), EMACallback(DECAY)
     trainer = fit(model, tmp_path, callback)
+    ema = callback.get_ema_state()
     callback.apply_ema(model)
-    reference = Reference(trainable(model), DECAY)
-    found = []
-
-    class Start(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            found.append([wide(p) for p in model.parameters()])
-
-        def on_step_end(self, *args, **kwargs):
-            reference.update()
-
-    trainer.add_callback(Start())
+    assert same(parameters(model), ema)
+    trainer.add_callback(witness := Witness(model))  # begins at these weights
     trainer.train()
-    assert close(found[0], [wide(v) for v in Reference(found[0], DECAY).emas])
-    assert close(callback.get_ema_state().values(), reference.emas)
+    assert witness.wrong == []
+    assert close(callback.get_ema_state().values(), witness.reference.emas)
     after = weights(model)
     callback.restore_original(model)  # the copy was forgotten
     assert same(weights(model), after)

@@ -11,11 +11,13 @@ import torch
 from reference import same
 from torch.optim import AdamW
 from trainers import (
+    CHECKPOINTING,
     DECAY,
     DOORS,
     EVAL,
     FP16,
     STEPS,
+    V4,
     Witness,
     bert,
     bf16,
@@ -65,12 +67,12 @@ RUNS = {
         llama,
         {**FP16, "gradient_accumulation_steps": 2, "optim": "adamw_torch"},
     ),
-    "checkpointing": (llama, {"activation_checkpointing": True}),
+    "checkpointing": (llama, CHECKPOINTING),
     "adafactor": (llama, {"optim": "adafactor"}),
     "sgd": (llama, {"optim": "sgd", "learning_rate": 1.0}),
     "warm-up": (llama, {"warmup_steps": 3}),
     "lora": (lora, {}),
-    "lora with checkpointing": (lora, {"activation_checkpointing": True}),
+    "lora with checkpointing": (lora, CHECKPOINTING),
     "plain module": (plain, {}),
     "never a gradient": (unused, {}),
 }
@@ -298,6 +300,8 @@ torch.distributed.destroy_process_group()
 """
 
 
+# It asks torch.load for the device "cpu:0".
+@pytest.mark.skipif(V4, reason="transformers 4 does not resume on several CPU ranks")
 def test_two_processes_train_average_evaluate_and_resume_alike(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
