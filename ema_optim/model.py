@@ -10,7 +10,7 @@ from ._arithmetic.formats import EMADtype
 from ._checkpoint import layout, model_form, read
 from ._door import Door
 from ._engines import adapters
-from ._shadow import mistakes, names, report, swap, teacher
+from ._shadow import elsewhere, mistakes, names, report, swap, teacher
 from ._shadow.blocks import as_block
 from ._shadow.buffers import HeldBuffers, Wanted
 from ._shadow.model_groups import ModelGroups
@@ -144,9 +144,10 @@ class EMAModel(Door):
         """Average once; call it after every optimizer step (not after every micro-batch).
 
         Raises:
-            RuntimeError: Inside ``use_ema()``.
+            RuntimeError: Inside ``use_ema()``; while a CUDA graph is captured.
         """
         self._refuse_in_block("update()")
+        elsewhere.refuse_captured(self._ema, "update()")
         self._look()
         with self._ema.swap.alone("update()"):
             swap.refuse_others(self._ema, "update()")

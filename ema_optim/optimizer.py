@@ -20,7 +20,7 @@ from ._checkpoint import carry, layout, nested, read
 from ._checkpoint.state import StateView, replace_state
 from ._door import InnerDoor
 from ._forwarding import call_if_there, forwarding_class, inner_step
-from ._shadow import swap
+from ._shadow import elsewhere, swap
 from ._shadow.blocks import as_block
 from ._shadow.options import check_groups, check_new_group, check_wrappable, warn_of_tau
 from ._shadow.shadow_set import ShadowSet
@@ -126,7 +126,8 @@ class EMAOptimizer(InnerDoor):
 
         Raises:
             RuntimeError: The EMA weights are in the parameters (inside ``swap_ema_weights()``,
-                after ``eval()``, or after loading a checkpoint written while swapped).
+                after ``eval()``, or after loading a checkpoint written while swapped); or a CUDA
+                graph is captured, see ``update()``.
         """
         return self._hooked_step(self._step, closure, args, kwargs)
 
@@ -138,6 +139,7 @@ class EMAOptimizer(InnerDoor):
         # A compiled graph knows of no other threads.
         with nullcontext() if compiling else ema.swap.alone("step()"):
             swap.recover(ema)
+            elsewhere.refuse_captured(ema, "step()")
             swap.check_can_step(ema, closure is not None)
             swap.resolve_pending(ema)
             lane, compiled = ema.begin_step(), None if compiling else ema.compiled
@@ -151,12 +153,28 @@ class EMAOptimizer(InnerDoor):
                 ema.finish_step(lane)
         return result
 
+    def update(self) -> None:
+        """Count one step that was made elsewhere, and average: ``step()`` without the inner step.
+
+        For a step in a replayed CUDA graph or in an engine, or ``inner.step()`` on purpose. To be
+        called right after each (not after one that a ``GradScaler`` has skipped); the EMA is then
+        that of ``step()``, bit for bit. A parameter that has joined since begins at its weights of
+        now.
+
+        Raises:
+            RuntimeError: No step of this optimizer was counted before: the EMA begins at the
+                weights before the first. As ``step()``, while the EMA weights are in the
+                parameters or a CUDA graph is captured.
+        """
+        elsewhere.count_step(self._ema)
+
     @as_block
     def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
-        Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory:
-        at most 4 MiB where the EMA has the parameter's dtype, else one copy in that dtype.
+        Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory
+        where the EMA has the parameter's dtype: at most 4 MiB on a CPU (fp32: 1 MiB) and 64 MiB of
+        fp32 on an accelerator; else one copy in the parameter's dtype.
         Quantized weights hold the EMA rounded as their class rounds it, and come back exactly.
 
         Inside, a step of any torch optimizer over these parameters raises; another write is warned

@@ -4,7 +4,7 @@
 
 Plain functions: they see tensors and numbers, never a param group or an optimizer. Every function
 expects to run without autograd (under ``torch.no_grad()``). Where a scratch buffer is needed it
-holds at most ``CHUNK`` elements, whatever the size of the model.
+holds at most ``scratch_size(device)`` elements, whatever the size of the model.
 """
 
 import math
@@ -13,7 +13,19 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .scratch import CHUNK, batches_of, by_place, carve, columns, fill, pieces_of, scratch_for
+from .scratch import (
+    CHUNK,
+    batches_of,
+    by_place,
+    carve,
+    columns,
+    fill,
+    is_kept,
+    needed_size,
+    pieces_of,
+    place,
+    scratch_for,
+)
 
 Items = dict[int, Tensor]
 
@@ -21,17 +33,18 @@ Items = dict[int, Tensor]
 class Casts:
     """Room for the weights in the EMA's dtype where it is another one.
 
-    The views into the scratch buffer are made once: for many small tensors they cost more than the
-    update. Tensors that are larger than the buffer are cut anew at every use, since views of them
-    would not follow ``param.data = ...``.
+    The views of small tensors into the scratch buffer are made once: for many they cost more than
+    the update. Large tensors are cut anew at every use, since views of them would not follow
+    ``param.data = ...``. For these an accelerator has a buffer only while they are averaged: an
+    optimizer for each parameter would keep a second model otherwise.
 
     Args:
         emas: EMA tensors of one device and dtype.
-        scratch: A buffer of ``CHUNK`` elements of that dtype, to be shared with others.
+        scratch: A buffer of ``kept_size(emas)`` elements or more, to be shared with others.
     """
 
     def __init__(self, emas: list[Tensor], scratch: Tensor | None = None) -> None:
-        self.scratch = scratch_for(emas[0]) if scratch is None else scratch
+        self.scratch = scratch_for(emas[0], kept_size(emas)) if scratch is None else scratch
         self._large = [i for i, ema in enumerate(emas) if ema.numel() > CHUNK]
         small = [(i, ema) for i, ema in enumerate(emas) if 0 < ema.numel() <= CHUNK]
         self._small: list[tuple[list[int], list[Tensor]]] = []
@@ -43,11 +56,34 @@ class Casts:
         for indices, casts in self._small:
             torch._foreach_copy_(casts, [params[i] for i in indices])
             torch._foreach_lerp_([emas[i] for i in indices], casts, weight)
-        for batch in batches_of((emas[i], params[i]) for i in self._large):
+        if self._large:
+            large = [emas[i] for i in self._large]
+            self._lerp_large_(large, [params[i] for i in self._large], weight)
+
+    def _lerp_large_(self, emas: list[Tensor], params: list[Tensor], weight: float) -> None:
+        scratch = self.scratch
+        if not is_kept(emas[0].device):
+            scratch = scratch_for(emas[0], needed_size(emas))
+        for batch in batches_of(zip(emas, params, strict=True)):
             pieces, sources = columns(batch)
-            casts = carve(self.scratch, pieces)
+            casts = carve(scratch, pieces)
             torch._foreach_copy_(casts, sources)
             torch._foreach_lerp_(pieces, casts, weight)
+
+
+def kept_size(emas: list[Tensor]) -> int:
+    """The elements of the buffer that ``Casts`` of these EMA tensors keeps."""
+    kept = is_kept(emas[0].device)
+    return needed_size(ema for ema in emas if kept or ema.numel() <= CHUNK)
+
+
+def casts_of(lists: list[list[Tensor]]) -> list[Casts]:
+    """``Casts`` of several lists, with one buffer between those of one device and dtype."""
+    buffers: dict[object, Tensor] = {}
+    for emas in sorted(lists, key=kept_size, reverse=True):
+        if place(emas[0]) not in buffers:
+            buffers[place(emas[0])] = scratch_for(emas[0], kept_size(emas))
+    return [Casts(emas, buffers[place(emas[0])]) for emas in lists]
 
 
 def ema_update_(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .scratch import CHUNK, batches_of, by_place, carve, columns
+from .scratch import batches_of, by_place, carve, columns, needed_size
 
 
 class Exchange:
@@ -32,14 +32,10 @@ class Exchange:
         done: bool = False,
     ) -> None:
         self._batches = list(batches_of(zip(lefts, rights, strict=True)))
-        # One buffer for each device, of bytes: a model may mix dtypes.
-        widths: dict[torch.device, int] = {}
+        by_device: dict[torch.device, list[Tensor]] = {}
         for tensor in lefts:
-            widths[tensor.device] = max(tensor.element_size(), widths.get(tensor.device, 0))
-        self._scratch = {
-            device: torch.empty(CHUNK * width, dtype=torch.uint8, device=device)
-            for device, width in widths.items()
-        }
+            by_device.setdefault(tensor.device, []).append(tensor)
+        self._scratch = {device: _bytes_for(own) for device, own in by_device.items()}
         self._progress = (len(self._batches) if done else 0, 0)
         self._watched, self._sums = watched, list[Tensor]()
 
@@ -86,3 +82,9 @@ class Exchange:
 
     def _held(self, lefts: list[Tensor]) -> list[Tensor]:
         return carve(self._scratch[lefts[0].device].view(lefts[0].dtype), lefts)
+
+
+def _bytes_for(tensors: list[Tensor]) -> Tensor:
+    """One buffer for a device, of bytes: a model may mix dtypes."""
+    size = needed_size(tensors) * max(map(Tensor.element_size, tensors))
+    return torch.empty(size, dtype=torch.uint8, device=tensors[0].device)

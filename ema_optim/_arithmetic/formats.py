@@ -14,7 +14,7 @@ by chance, right on average. Rounded to nearest they would stop moving: a step o
 
 A format carries its own arithmetic: how values get in, how they get out, and an update. All of it
 takes lists of tensors of one device and format, expects to run without autograd and needs at most
-4 MiB of scratch. A new format is a subclass and a row of ``FORMATS``.
+4 MiB of scratch on a CPU (64 MiB elsewhere). A new format is a subclass and a row of ``FORMATS``.
 """
 
 import math
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from .average import Casts, copy_, ema_update_
-from .noise import Noise
-from .scratch import CHUNK, batches_of, buffers, carve, columns, in_memory_order
+from .noise import Noise, Words
+from .scratch import batches_of, buffers, carve, columns, in_memory_order, needed_size
 
 EMADtype = torch.dtype | Literal["float32_compensated", "float24"] | None
 Tensors = list[Tensor]
@@ -45,12 +45,14 @@ class Update(NamedTuple):
             numbered through; for a shard, that of the shard's first element. Elements are counted
             in the order in which they lie in the memory of the main one.
         casts: Room for weights of another dtype, as ``ema_update_`` takes it.
+        words: Room for the random bits, to be used again.
     """
 
     decay: float
     stream: int
     starts: Sequence[int]
     casts: Casts | None = None
+    words: Words | None = None
 
     @property
     def weight(self) -> float:
@@ -60,8 +62,8 @@ class Update(NamedTuple):
     def noise(self, mains: Tensors, bits: int) -> Noise:
         """The random bits of this update."""
         sizes = [main.numel() for main in mains]
-        room = min(CHUNK, sum(sizes))
-        return Noise(bits, self.stream, self.starts, sizes, room, mains[0].device)
+        room, words = needed_size(mains, narrow=True), self.words or Words()
+        return Noise(bits, self.stream, self.starts, sizes, room, mains[0].device, words)
 
 
 @dataclass(frozen=True)
@@ -270,4 +272,4 @@ def _scatter_(tensors: Tensors, flat: Tensor) -> None:
 
 def _batched(mains: Tensors, *others: Tensors) -> Iterator[list[Tensors]]:
     rows = zip(mains, *others, strict=True)
-    return map(columns, batches_of(map(in_memory_order, rows)))
+    return map(columns, batches_of(map(in_memory_order, rows), narrow=True))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .average import non_finite
 from .formats import Format, Update
-from .scratch import CHUNK
+from .scratch import scratch_size
 
 Tensors = list[Tensor]
 
@@ -80,5 +80,6 @@ def _runs(tensors: Tensors) -> Iterator[slice]:
         if room < 0 and i > first:
             yield slice(first, i)
         if room < 0:
-            first, room = i, CHUNK - tensor.numel()
+            size = scratch_size(tensor.device, narrow=True)
+            first, room = i, size - tensor.numel()
     yield slice(first, len(tensors))

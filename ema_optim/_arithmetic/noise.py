@@ -15,6 +15,24 @@ _BLOCK = 1 << 32  # elements after which the counter of the words would wrap: a 
 _BYTES = {8: torch.uint8, 16: torch.uint16}
 
 
+class Words:
+    """Room for hashed words: a ramp and two buffers, made at the first use and kept.
+
+    One owner at a time may fill it.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def of(self, length: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Ramp, words and spare words, each of this length."""
+        kept = self._made.get(device)
+        if kept is None or len(kept[0]) < length:
+            ramp = torch.arange(length, dtype=torch.int32, device=device).mul_(_signed(_GOLDEN))
+            kept = self._made[device] = ramp, torch.empty_like(ramp), torch.empty_like(ramp)
+        return tuple(tensor[:length] for tensor in kept)
+
+
 class Noise:
     """Uniform random integers of 8 or 16 bits, one for every element of a list of tensors.
 
@@ -34,6 +52,7 @@ class Noise:
         sizes: For each tensor its number of elements.
         capacity: The largest number of elements that one ``fill_`` will ask for.
         device: Where the bits are made.
+        words: Where to find room for them; None makes it.
     """
 
     def __init__(
@@ -44,14 +63,14 @@ class Noise:
         sizes: Sequence[int],
         capacity: int,
         device: torch.device,
+        words: Words | None = None,
     ) -> None:
         self._dtype = _BYTES[bits]
         self._per_word = 32 // bits
         self._key = _mix64(stream)
         self._runs = _runs(starts, sizes)
         length = capacity // self._per_word + 2
-        self._ramp = torch.arange(length, dtype=torch.int32, device=device).mul_(_signed(_GOLDEN))
-        self._words, self._spare = torch.empty_like(self._ramp), torch.empty_like(self._ramp)
+        self._ramp, self._words, self._spare = (words or Words()).of(length, device)
 
     def fill_(self, out: Tensor) -> None:
         """Write the next ``out.numel()`` integers into a flat int32 tensor."""

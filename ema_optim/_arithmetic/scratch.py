@@ -1,15 +1,17 @@
 """Bounded scratch: tensors cut and grouped so that one small buffer serves a model of any size."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-# Elements in one scratch buffer: 1 MiB of fp32 stays in a core's L2 cache, and smaller pieces pay
-# more in dispatch than they gain in locality.
+# Elements in one scratch buffer. On a CPU 1 MiB of fp32 stays in a core's L2 cache, and smaller
+# pieces pay more in dispatch than they gain in locality.
 CHUNK = 256 * 1024
+# Elsewhere every piece is a launch. 64 MiB of fp32; the narrow formats need several buffers.
+WIDE, NARROW = 16 * 2**20, 4 * 2**20
 
 # A sample of a tensor: one in so many blocks of so many elements, a memory page of fp32.
 _EVERY, _BLOCK, _SAMPLED_FROM = 16, 1024, 64 * 1024
@@ -29,16 +31,40 @@ def by_place(items: dict[int, Tensor]) -> list[dict[int, Tensor]]:
     return list(groups.values())
 
 
-def scratch_for(tensor: Tensor) -> Tensor:
-    """A buffer of ``CHUNK`` elements like those of ``tensor``."""
-    return torch.empty(CHUNK, dtype=tensor.dtype, device=tensor.device)
+def scratch_size(device: torch.device, narrow: bool = False) -> int:
+    """The most elements that a scratch buffer on a device holds.
+
+    Args:
+        device: The device.
+        narrow: Whether it is for a narrow format.
+    """
+    if device.type == "cpu":
+        return CHUNK
+    return NARROW if narrow else WIDE
+
+
+def is_kept(device: torch.device) -> bool:
+    """Whether a scratch buffer on a device is small enough to be kept between updates."""
+    return scratch_size(device) == CHUNK
+
+
+def needed_size(tensors: Iterable[Tensor], narrow: bool = False) -> int:
+    """The elements of a buffer for batches of tensors of one device, which may be few."""
+    tensors = list(tensors)
+    total = sum(map(Tensor.numel, tensors))
+    return min(scratch_size(tensors[0].device, narrow), total) if tensors else 0
+
+
+def scratch_for(tensor: Tensor, size: int) -> Tensor:
+    """A buffer of elements like those of ``tensor``."""
+    return torch.empty(size, dtype=tensor.dtype, device=tensor.device)
 
 
 def buffers(
     tensors: list[Tensor], count: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, ...]:
-    """Flat buffers for batches of ``tensors``, which may be all of them if they are few."""
-    size = min(CHUNK, sum(map(Tensor.numel, tensors)))
+    """Flat buffers for batches of the tensors of a narrow format."""
+    size = needed_size(tensors, narrow=True)
     return torch.empty(count, size, dtype=dtype, device=tensors[0].device).unbind()
 
 
@@ -56,57 +82,64 @@ def columns(batch: Batch) -> list[list[Tensor]]:
 
 
 def fill(items: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Group numbered tensors, none larger than a scratch buffer, until they fill one."""
+    """Group numbered tensors of one device, none of more than ``CHUNK``, until they fill one."""
     group: list[tuple[int, Tensor]] = []
-    room = CHUNK
+    room = 0
     for item in items:
         if item[1].numel() > room:
-            yield group
-            group, room = [], CHUNK
+            if group:
+                yield group
+            group, room = [], scratch_size(item[1].device)
         group.append(item)
         room -= item[1].numel()
     if group:
         yield group
 
 
-def batches_of(pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
+def batches_of(pairs: Iterable[tuple[Tensor, ...]], narrow: bool = False) -> Iterator[Batch]:
     """Group pieces until they fill a scratch buffer; a batch has one device and dtype.
 
     Empty tensors are left out.
     """
     batch: Batch = []
-    room, kind = CHUNK, None
+    room, kind = 0, None
     for pair in pairs:
-        size = pair[0].numel()
-        for piece in [pair] if size <= CHUNK else pieces_of(pair):
+        for piece in pieces_of(pair, narrow):
             size = piece[0].numel()
             if not size:
                 continue
             if batch and (size > room or place(piece[0]) != kind):
                 yield batch
-                batch, room = [], CHUNK
+                batch = []
             if not batch:
-                kind = place(piece[0])
+                kind, room = place(piece[0]), scratch_size(piece[0].device, narrow)
             batch.append(piece)
             room -= size
     if batch:
         yield batch
 
 
-def pieces_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape into aligned views of at most ``CHUNK`` elements."""
+def pieces_of(tensors: tuple[Tensor, ...], narrow: bool = False) -> Sequence[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into aligned views that fit in a scratch buffer."""
+    size = tensors[0].numel()
+    if size <= CHUNK or size <= (limit := scratch_size(tensors[0].device, narrow)):
+        return [tensors]
+    return list(_cut(tensors, limit))
+
+
+def _cut(tensors: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
-    if first.numel() <= CHUNK:
+    if first.numel() <= limit:
         yield tensors
         return
     ordered = permuted(tensors)
     if all(tensor.is_contiguous() for tensor in ordered):
-        yield from zip(*(torch.split(t.view(-1), CHUNK) for t in ordered), strict=True)
+        yield from zip(*(torch.split(t.view(-1), limit) for t in ordered), strict=True)
         return
     row = first.numel() // first.shape[0]
-    cuts = (torch.split(t, CHUNK // row) if row <= CHUNK else t.unbind() for t in tensors)
+    cuts = (torch.split(t, limit // row) if row <= limit else t.unbind() for t in tensors)
     for rows in zip(*cuts, strict=True):
-        yield from pieces_of(rows)
+        yield from _cut(rows, limit)
 
 
 def permuted(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

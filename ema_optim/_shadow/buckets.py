@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from .._arithmetic.average import Casts
+from .._arithmetic.average import Casts, casts_of
 from .._arithmetic.formats import Format, Update
 from .._arithmetic.guard import guarded_update_
+from .._arithmetic.noise import Words
 from .._engines.quantized import dense, is_quantized
 from .._engines.sharding import PLAIN, first_element, is_sharded, local, local_parts
 from ..schedules import Decay, decay_factor
@@ -38,6 +39,7 @@ class Bucket:
     quantized: bool = False
     casts: Casts | None = None
     met: Tensor | None = None
+    words: Words | None = None
     params: list[Tensor] = field(default_factory=list)
     emas: list[Tensor] = field(default_factory=list)
     lows: list[Tensor] = field(default_factory=list)
@@ -67,7 +69,7 @@ class Bucket:
 
     def average(self, factor: float) -> None:
         """``ema <- factor * ema + (1 - factor) * weights``; the clock numbers the update."""
-        update = Update(factor, self.counter.steps, self.starts, self.casts)
+        update = Update(factor, self.counter.steps, self.starts, self.casts, self.words)
         if self.met is None:
             self.format.update_(self.emas, self.lows, self.weights(), update)
         else:
@@ -148,13 +150,14 @@ def is_lazy(param: Tensor) -> bool:
 
 
 def _share_scratch(buckets: Iterable[Bucket]) -> None:
-    """Give the buckets of narrower weights one buffer between them."""
-    buffers: dict[Any, Tensor] = {}
+    """Give the buckets of narrower weights one buffer between them, and all the same noise."""
+    words, mixed = Words(), list[Bucket]()
     for bucket in buckets:
-        ema = bucket.emas[0]
-        if ema.dtype != bucket.params[0].dtype and not bucket.format.rounds:
-            bucket.casts = Casts(bucket.emas, buffers.get(place_of(ema)))
-            buffers[place_of(ema)] = bucket.casts.scratch
+        bucket.words = words
+        if bucket.emas[0].dtype != bucket.params[0].dtype and not bucket.format.rounds:
+            mixed.append(bucket)
+    for bucket, casts in zip(mixed, casts_of([b.emas for b in mixed]), strict=True):
+        bucket.casts = casts
 
 
 def follows(group: Group, param: Tensor) -> bool:

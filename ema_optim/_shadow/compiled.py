@@ -9,7 +9,7 @@ inner step, that step is made as ever, and a warning says why.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from types import FunctionType
@@ -51,6 +51,8 @@ class CompiledStep:
             _of_its_own(_step_and_average), fullgraph=True, **options
         )
         self._failed = self._traced = False
+        graphs = (options.get("options") or {}).get("triton.cudagraphs", False)
+        self._replays = graphs or options.get("mode") in ("reduce-overhead", "max-autotune")
         self._stateless: set[Tensor] = set()  # parameters without inner state, before a step
         self._scalars: dict[tuple[Any, ...], Tensor] = {}
         self._warned: set[str] = set()
@@ -104,6 +106,8 @@ class CompiledStep:
                 for index, (bucket, factor) in enumerate(updates)
             ]
             self._log_first(inner, updates)
+            if self._replays:
+                _mark_addresses(ema for bucket, _ in updates for ema in bucket.emas)
             with torch.profiler.record_function(name), _settings(_params(inner)):
                 return self._graph(undecorated_step(inner), inner, averages)
 
@@ -162,6 +166,13 @@ class CompiledStep:
             self._warned.add(reason)
             warn(f"compile() has no effect, the step runs in eager mode: {reason}")
         return bool(reason)
+
+
+def _mark_addresses(emas: Iterable[Tensor]) -> None:
+    # Dynamo does this for the inner optimizer's state alone, and for other tensors that are written
+    # to Inductor makes no CUDA graph.
+    for ema in emas:
+        torch._dynamo.mark_static_address(ema)
 
 
 def undecorated_step(inner: Optimizer) -> Any:

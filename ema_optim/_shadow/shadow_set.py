@@ -52,11 +52,14 @@ class ShadowSet(Births):
         fresh: dict[str, Any] = {"compiled": None, "_known": {}}
         return {**super().__getstate__(), **fresh}
 
-    def begin_step(self) -> Lane | None:
+    def begin_step(self, moved: bool = False) -> Lane | None:
         """Prepare one step, before the weights move.
 
         Gives birth to missing slots, seeds placeholders from the weights and checks the factors, so
         that a bad decay raises before anything has moved.
+
+        Args:
+            moved: Whether the weights have moved already: placeholders keep what they hold.
 
         Returns:
             What ``finish_step`` is to be given, or None for a step that does not count: one at
@@ -66,7 +69,7 @@ class ShadowSet(Births):
         self.keys.refuse()
         groups = self.groups
         lane = self._lane(groups)
-        if self.sees_steps:
+        if self.sees_steps and not moved:
             for bucket in lane.buckets:
                 if bucket.counter.steps >= self.update_after_step and bucket.is_placeholder:
                     with no_autograd():
@@ -96,8 +99,9 @@ class ShadowSet(Births):
             for bucket in lane.buckets:
                 bucket.counter.tick(self.update_after_step)
                 self.step = max(self.step, bucket.counter.steps)
-                # Without a look at the weights before a step, averaging begins here.
-                if not self.sees_steps and bucket.counter.steps == self.update_after_step:
+                # The next step may be made without a look at the weights before it.
+                begins = bucket.is_placeholder or not self.sees_steps
+                if begins and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
         for group, clock in zip(lane.groups, lane.clocks, strict=True):
             group["ema_step"] = self.step if clock is None else clock.steps

@@ -51,10 +51,8 @@ class Move:
         exchanged = {p: s for p, s in slots.items() if p not in parking}
         emas = locals_of(slot.ema for slot in exchanged.values())
         self.exchange = Exchange(emas, locals_of(exchanged), not arrived, done=arrived)
-        self._parked = {
-            param: slot.parked if arrived and slot.parked is not None else param.detach().clone()
-            for param, slot in parking.items()
-        }
+        kept = {p: s.parked for p, s in parking.items() if arrived and s.parked is not None}
+        self._parked = kept | _copies([param for param in parking if param not in kept])
 
     def put_in(self) -> None:
         """Put the EMA weights in."""
@@ -79,6 +77,15 @@ class Move:
                     write_(param, kept)
         finally:
             torch.clear_autocast_cache()
+
+
+def _copies(params: list[Tensor]) -> dict[Tensor, Tensor]:
+    """A copy of each, with one multi-tensor call where that can be."""
+    alone = {param: param.detach().clone() for param in params if is_quantized(param)}
+    plain = [param.detach() for param in params if param not in alone]
+    copies = list(map(torch.empty_like, plain))
+    copy_(locals_of(copies), locals_of(plain))
+    return alone | dict(zip((p for p in params if p not in alone), copies, strict=True))
 
 
 class SwapState:
