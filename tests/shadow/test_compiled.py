@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from reference import Reference, same
+from reference import Reference, same, through_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW
@@ -95,6 +95,35 @@ def test_changing_rate_and_decay_make_one_graph_and_the_eager_numbers(name):
     assert_close(compiled, eager)
     assert len(compiled.graphs) == 1
     assert compiled.optimizer.param_groups[0]["lr"] == eager.optimizer.param_groups[0]["lr"]
+
+
+class Replayed(Graphs):
+    """Keeps of each input of a graph what dynamo knows of its address."""
+
+    def __call__(self, graph, inputs, mode=None, options=None):
+        known = [node.meta.get("tensor_dict", {}) for node in graph.graph.nodes]
+        self.append([tensor.get("_dynamo_static_input_type") for tensor in known])
+        return graph.forward
+
+
+# Inductor makes no CUDA graph where a tensor that is written to may lie elsewhere the next time.
+@pytest.mark.parametrize(
+    ("how", "marked"),
+    [
+        ({"mode": "reduce-overhead"}, 3),
+        ({"mode": "max-autotune"}, 3),
+        ({"options": {"triton.cudagraphs": True}}, 3),
+        ({"mode": "default"}, 0),
+    ],
+    ids=str,
+)
+def test_ema_tensors_have_static_addresses_where_graphs_are_replayed(how, marked):
+    replayed, eager = Problem(INNERS["AdamW"]), Problem(INNERS["AdamW"])
+    replayed.optimizer.compile(backend=(graphs := Replayed()), **how)
+    assert_close(replayed.step(4), eager.step(4))
+    assert [known.count("unguarded") for known in graphs] == [marked]
+    saved = through_file(replayed.optimizer.state_dict())
+    assert same(saved["state"], replayed.optimizer.state_dict()["state"])
 
 
 def test_first_step_is_the_eager_one():
