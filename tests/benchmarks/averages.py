@@ -153,6 +153,7 @@ def lightning(model, decay):
 
     module = LightningModule()
     module.weights = model
+    module.to(model[0].device)  # where it keeps the average
     callback = EMAWeightAveraging(decay=decay)
     trainer = SimpleNamespace(global_step=0)  # all that the callback reads of it
     callback.setup(trainer, module, "fit")

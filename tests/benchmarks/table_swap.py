@@ -93,7 +93,7 @@ def swap_memory(bench, model, factories):
     for name, factory in factories.items():
         with primed(bench, {name: factory}, model, FORGETFUL) as built:
             for average in built.values():
-                peaks[name] = bench.peak(_there_and_back(average))
+                peaks[name] = bench.peak(there_and_back(average))
                 average = None
     return peaks
 
@@ -115,11 +115,11 @@ def _race_swaps(bench, name, model):
 def _ways(title, average):
     return [
         Row((title, "in"), average.swap_in, after=average.swap_out),
-        Row((title, "in and back / 2"), _there_and_back(average), scale=0.5),
+        Row((title, "in and back / 2"), there_and_back(average), scale=0.5),
     ]
 
 
-def _there_and_back(average):
+def there_and_back(average):
     def swap():
         average.swap_in()
         average.swap_out()

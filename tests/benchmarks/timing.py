@@ -46,6 +46,14 @@ def cuda_seconds(run):
     return start.elapsed_time(end) / 1e3
 
 
+def host_seconds(run):
+    """Until the call returns, whatever the card still has to do."""
+    torch.cuda.synchronize()
+    taken = cpu_seconds(run)
+    torch.cuda.synchronize()
+    return taken
+
+
 def race(bench, name, rows):
     """Seconds of every row in every round on the model ``name``: ``{row: [seconds, ...]}``."""
     seconds = cuda_seconds if bench.device == "cuda" else cpu_seconds
