@@ -122,12 +122,6 @@ class _Saved(NamedTuple):
         return cls(options.of(group), group.get("ema_decay"), known, note.format)
 
 
-_NAMED = {format_name(dtype): format for dtype, format in FORMATS.items()}
-
-
-_NAMED = {format_name(dtype): format for dtype, format in FORMATS.items()}
-
-
 class _Entry:
     """The EMA of one parameter as a checkpoint has it, checked."""
 

@@ -172,7 +172,7 @@ def _mark_addresses(emas: Iterable[Tensor]) -> None:
     # Dynamo does this for the inner optimizer's state alone, and for other tensors that are written
     # to Inductor makes no CUDA graph.
     for ema in emas:
-        torch._dynamo.mark_static_address(ema)
+        torch._dynamo.mark_static_address(ema, guard=False)  # a load replaces them: record anew
 
 
 def undecorated_step(inner: Optimizer) -> Any:

@@ -16,8 +16,6 @@ from torch import Tensor
 from .._arithmetic.fingerprint import fingerprint, kinds, kinds_of
 from .holdings import no_autograd
 from .options import ema_format
-from .options import ema_format
-from .options import ema_format
 from .shadow_set import ShadowSet
 from .slots import read_
 

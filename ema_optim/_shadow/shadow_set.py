@@ -26,8 +26,6 @@ from .lanes import Lane
 from .mistakes import BFLOAT16, NOTHING
 from .options import (
     check_options,
-    ema_format,
-    ema_format,
     format_name,
 )
 from .reserved import ReservedKeys

@@ -163,7 +163,7 @@ def test_the_compiled_step_is_the_eager_one_up_to_rounding(mode):
         train(model, optimizer, range(6))
         results.append([*optimizer.get_ema_state(model).values(), *model.parameters()])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert not counters["inductor"]["cudagraph_skips"]
+    assert not (ON_CARD and counters["inductor"]["cudagraph_skips"])
 
 
 @pytest.fixture
