@@ -26,7 +26,7 @@ def path(request, monkeypatch):
     """The way of a CPU and that of an accelerator, with several runs of tensors."""
     if request.param == "never waits":
         monkeypatch.setattr(guard, "is_read_at_once", lambda device: False)
-        monkeypatch.setattr(guard, "CHUNK", 8)
+        monkeypatch.setattr(guard, "scratch_size", lambda device, narrow: 8)
 
 
 def params_of(dtype=torch.float32):
@@ -149,7 +149,7 @@ def test_a_model_skips_what_is_not_finite():
 
 
 def test_a_large_tensor_is_a_run_of_its_own(monkeypatch):
-    monkeypatch.setattr(guard, "CHUNK", 8)
+    monkeypatch.setattr(guard, "scratch_size", lambda device, narrow: 8)
     sizes = (3, 9, 4, 4, 1)
     runs = list(guard._runs([torch.empty(size) for size in sizes]))
     covered = [sizes[run] for run in runs]
