@@ -267,8 +267,8 @@ class EMAOptimizer(InnerDoor):
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         swap.recover(self._ema)
         theirs, merged = nested.parts(state_dict, self.inner, self.param_groups)
-        notes, merged = carry.notes_of(merged.get("param_groups")), carry.uncarry(merged)
-        loaded = read.read(self._ema, merged)
+        carried, merged = merged, carry.uncarry(merged)
+        loaded, notes = read.read(self._ema, merged), carry.notes_of(carried["param_groups"])
         before = [dict(group) for group in self.param_groups]
         self._load_inner(layout.split(merged)[0] if theirs is None else theirs)
         loaded.install(self._ema, notes)

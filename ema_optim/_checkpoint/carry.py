@@ -73,10 +73,10 @@ def is_carrying(groups: Sequence[Group]) -> bool:
 
 
 def notes_of(groups: object) -> dict[str, Any]:
-    """The notes in the param groups of a checkpoint, or in live ones."""
+    """The notes in the param groups of a checkpoint that ``uncarry`` takes, or in live ones."""
     if not isinstance(groups, list) or not is_carrying(groups):
         return {}
-    marks = [group[_ENTRIES]["marks"] for group in groups if _ENTRIES in group]
+    marks = [group[_ENTRIES]["marks"] for group in groups if group.get(_ENTRIES) is not None]
     return {k: v for mark in marks for k, v in mark.items() if k not in layout.GROUP_MARKS}
 
 

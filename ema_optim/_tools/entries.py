@@ -70,8 +70,8 @@ def _read(source: Source, where: str, tree: Tree) -> Iterator[Entry]:
         names = list(source.names.get(where, names))
     if (buffers := carried_buffers(tree["param_groups"])) is not None:
         yield from _read(source, f"{where} buffers", dict(buffers))
-    _check_step(source, tree)
-    tree = uncarry(tree)
+    carried, tree = tree, uncarry(tree)
+    _check_step(source, carried)
     state, seen = tree["state"], set()
     for index, group in enumerate(tree["param_groups"]):
         if not plain(group.get("ema_enabled", True)):

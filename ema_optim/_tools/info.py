@@ -26,8 +26,8 @@ def info(path: Path) -> list[str]:
 def facts(source: Source, entries: Sequence[Entry], key: str | None) -> dict[str, Any]:
     """What the files say of their EMA; None for what they do not say."""
     trees = source.optimizers.values() if key is None else [source.optimizers[key]]
-    saved = [group for tree in trees for group in tree["param_groups"]]
     groups = [group for tree in trees for group in uncarry(tree)["param_groups"]]
+    saved = [group for tree in trees for group in tree["param_groups"]]
     steps = [int(plain(group["ema_step"])) for group in groups if "ema_step" in group]
     formats = [parse(group.get("ema_format"), "a param group").format for group in groups]
     noted = notes_of(saved).get("ema_global_step")
