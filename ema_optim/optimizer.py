@@ -149,8 +149,7 @@ class EMAOptimizer(InnerDoor):
                 result = inner_step(self.inner, closure, args, kwargs)
             ema.keys.look(self.inner, layout.STATE_KEYS)
             # A fused inner optimizer is stepped in any case, and told by the scaler to skip.
-            if not getattr(self.inner, "found_inf", None):
-                ema.finish_step(lane)
+            ema.finish_step(lane, getattr(self.inner, "found_inf", None))
         return result
 
     def update(self) -> None:

@@ -19,13 +19,11 @@ class Births(Holdings):
     """The slots of a shadow set over time.
 
     Attributes:
-        step: The largest clock: counted optimizer steps.
         warned: What the user was told once.
     """
 
     def __init__(self, *settings: Any, **named: Any) -> None:
         super().__init__(*settings, **named)
-        self.step = 0
         self.warned = Warned()
         self._lanes = Lanes()
 
@@ -88,6 +86,7 @@ class Births(Holdings):
 
     def forget_lanes(self) -> None:
         """Have the buckets made anew at the next step (a slot was changed from outside)."""
+        self.settle()
         self._lanes.clear()
         self.forget_memory()
 

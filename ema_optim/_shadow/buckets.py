@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .._arithmetic.average import Casts, casts_of
 from .._arithmetic.formats import Format, Update
+from .._arithmetic.fused import Plan, plan_for
 from .._arithmetic.guard import guarded_update_
 from .._arithmetic.noise import Words
 from .._engines.quantized import dense, is_quantized
@@ -40,6 +41,7 @@ class Bucket:
     casts: Casts | None = None
     met: Tensor | None = None
     words: Words | None = None
+    plan: Plan | None = None
     params: list[Tensor] = field(default_factory=list)
     emas: list[Tensor] = field(default_factory=list)
     lows: list[Tensor] = field(default_factory=list)
@@ -69,12 +71,13 @@ class Bucket:
 
     def average(self, factor: float) -> None:
         """``ema <- factor * ema + (1 - factor) * weights``; the clock numbers the update."""
-        update = Update(factor, self.counter.steps, self.starts, self.casts, self.words)
-        if self.met is None:
-            self.format.update_(self.emas, self.lows, self.weights(), update)
+        update, weights = self._update(factor), self.weights()
+        if self.plan is not None and self.plan.aim(weights, factor):
+            self.plan.launch(update)
+        elif self.met is None:
+            self.format.update_(self.emas, self.lows, weights, update)
         else:
-            parts = self.emas, self.lows
-            guarded_update_(self.format, parts, self.weights(), update, self.met)
+            guarded_update_(self.format, (self.emas, self.lows), weights, update, self.met)
         self.counter.share *= factor
 
     def watch(self) -> None:
@@ -84,6 +87,29 @@ class Bucket:
         self.met = torch.stack([met.to(device) for met in known])
         for slot, met in zip(self.slots, self.met.unbind(), strict=True):
             slot.met = met
+
+    def fuse(self) -> None:
+        """Have a kernel make the updates from now on, where there is one for them."""
+        if not self.quantized:  # such weights are made for the moment
+            dtype, starts = self.params[0].dtype, self.starts
+            self.plan = plan_for(self.format, self.emas, self.lows, starts, dtype, self.met)
+
+    def is_steady(self, after: int) -> bool:
+        """Whether neither the factor nor a random bit of the next updates depends on the count."""
+        drawn = callable(self.decay) or self.plan is None or self.plan.draws
+        return not drawn and not self.is_placeholder and self.counter.steps >= after
+
+    def aims(self, factor: float) -> bool:
+        """Whether the kernel can make an update now."""
+        return self.plan is not None and self.plan.aim(self.weights(), factor)
+
+    def launch(self, factor: float, found_inf: Tensor) -> None:
+        """Average what was aimed at unless ``found_inf`` says to skip; counts nothing."""
+        if self.plan is not None:
+            self.plan.launch(self._update(factor), found_inf)
+
+    def _update(self, factor: float) -> Update:
+        return Update(factor, self.counter.steps, self.starts, self.casts, self.words)
 
     def seed(self) -> None:
         """Begin at the weights."""

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._engines.quantized import dense, is_quantized
 from .._engines.sharding import PLAIN
+from .deferred import Deferred
 from .memory import shared_memory
 from .settings import Settings
 from .slots import Slot, place_of, value_of
@@ -37,6 +38,8 @@ class Holdings(Settings):
             them. Weak only then: ``torch.utils.swap_tensors`` refuses a tensor that is referred to
             weakly.
         swap: The state of the swap.
+        deferred: Steps that are still to be counted; ``settle`` comes before every look at a slot
+            or at ``step``.
     """
 
     def __init__(self, *settings: Any, **named: Any) -> None:
@@ -45,13 +48,32 @@ class Holdings(Settings):
         self.absent: Any = WeakTensorKeyDictionary()  # Any: torch does not type it
         self.swap = SwapState()
         self._shared: set[Tensor] | None = None  # parameters that share memory
+        self.deferred = Deferred()
+        self._step = 0
 
     def __getstate__(self) -> dict[str, Any]:
+        self.settle()
         return {**super().__getstate__(), "absent": list(self.absent.items()), "_shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.set_absent(dict(state["absent"]))
+
+    @property
+    def step(self) -> int:
+        """The largest clock: counted optimizer steps."""
+        self.settle()
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+
+    def settle(self) -> None:
+        """Count the steps that were left to the device; waits for it where there are any."""
+        for lane in self.deferred.settle() if self.deferred else ():
+            self._step = max(self._step, *(bucket.counter.steps for bucket in lane.buckets))
+            lane.mark(self._step)
 
     @property
     def mode(self) -> Mode:
@@ -65,10 +87,12 @@ class Holdings(Settings):
 
     def all_slots(self) -> dict[Tensor, Slot]:
         """Every slot by parameter, those of absent parameters too."""
+        self.settle()
         return {**dict(self.absent.items()), **self.slots} if self.absent else self.slots
 
     def find(self, param: Tensor) -> Slot | None:
         """The slot of a parameter, if it has one."""
+        self.settle()
         slot = self.slots.get(param)
         return self.absent.get(param) if slot is None and self.absent else slot
 

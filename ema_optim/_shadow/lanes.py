@@ -74,6 +74,11 @@ class Lane:
             [_clock_of(group, slots) for group in groups],
         )
 
+    def mark(self, step: int) -> None:
+        """Write the clocks into the groups; those without an EMA show the largest one."""
+        for group, clock in zip(self.groups, self.clocks, strict=True):
+            group["ema_step"] = step if clock is None else clock.steps
+
     def fits(self, groups: Sequence[Group]) -> bool:
         """Whether the buckets are still those of the groups."""
         params = params_of(groups)

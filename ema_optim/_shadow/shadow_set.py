@@ -89,22 +89,33 @@ class ShadowSet(Births):
         ]
         return lane
 
-    def finish_step(self, lane: Lane | None) -> None:
-        """Count the step and average, after the weights have moved."""
+    def finish_step(self, lane: Lane | None, found_inf: Any = None) -> None:
+        """Count the step and average, after the weights have moved.
+
+        Args:
+            lane: From ``begin_step``.
+            found_inf: True, or a tensor that is, where a scaler had the inner optimizer skip it.
+        """
         if lane is None:
             return
+        if self.deferred.takes(lane, found_inf, self.update_every, self.update_after_step):
+            with no_autograd():
+                self.deferred.average(lane, found_inf)
+            return
+        if found_inf:  # on an accelerator that is a wait
+            return
+        self.settle()
         with no_autograd():
             for bucket, factor in lane.plan:
                 bucket.average(factor)
             for bucket in lane.buckets:
                 bucket.counter.tick(self.update_after_step)
-                self.step = max(self.step, bucket.counter.steps)
+                self._step = max(self._step, bucket.counter.steps)
                 # The next step may be made without a look at the weights before it.
                 begins = bucket.is_placeholder or not self.sees_steps
                 if begins and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
-        for group, clock in zip(lane.groups, lane.clocks, strict=True):
-            group["ema_step"] = self.step if clock is None else clock.steps
+        lane.mark(self._step)
 
     def has_stepped(self) -> bool:
         """Whether the weights have moved, as far as can be seen, though nothing was averaged."""
@@ -223,4 +234,6 @@ class ShadowSet(Births):
             buckets = make_buckets(groups, self.slots, self.options, every, clock_of)
             for bucket in buckets if self.skip_non_finite else ():
                 bucket.watch()
+            for bucket in buckets:
+                bucket.fuse()
         return Lane.of(groups, self.slots, buckets)

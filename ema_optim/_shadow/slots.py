@@ -45,6 +45,13 @@ class Counter:
         self.steps += 1
         self.age += self.steps > update_after_step
 
+    def advance(self, steps: int, factor: float) -> None:
+        """Count so many steps at once, of which each was an update by this factor."""
+        share = self.share
+        for _ in range(steps):  # not a power: the same roundings as step by step
+            share *= factor
+        self.steps, self.age, self.share = self.steps + steps, self.age + steps, share
+
 
 @dataclass(eq=False, slots=True)
 class Slot:
