@@ -11,6 +11,7 @@ know (complex, sparse and oddly strided tensors, float64, a decay of 0) stays ea
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ _WEIGHTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16:
 _LAST_BIT = 2.0**-23  # of fp32, relative
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _ALIGNED = 16  # bytes
+_layout, _STRIDED = attrgetter("layout"), {torch.strided}
 
 
 class Plan:
@@ -76,7 +78,7 @@ class Plan:
         # At its ends the eager form copies, or does nothing. Dynamo knows no addresses.
         if not 0.0 < decay < 1.0 or torch.compiler.is_compiling():
             return False
-        if not _PLAIN.issuperset(map(type, weights)):
+        if not _PLAIN.issuperset(map(type, weights)) or {*map(_layout, weights)} != _STRIDED:
             return False
         pointers = list(map(Tensor.data_ptr, [*weights, *self._mains, *self._lows]))
         where = pointers, list(map(Tensor.stride, weights))
@@ -121,7 +123,7 @@ class Plan:
 
     def _knows(self, main: Tensor, low: Tensor, weights: Tensor) -> bool:
         trio = main, low, weights
-        if weights.dtype not in _WEIGHTS or weights.layout != torch.strided or weights.is_neg():
+        if weights.dtype not in _WEIGHTS or weights.is_neg():
             return False
         if any(t.device != self._device or t.shape != weights.shape for t in trio):
             return False
@@ -193,7 +195,7 @@ def _is_right(device: torch.device, format: Format, dtype: torch.dtype, skips: b
 
 
 def _agrees(device: torch.device, format: Format, dtype: torch.dtype, skips: bool) -> bool:
-    sizes, starts = [5, _kernel().ROW + 3000], [3, 2**32 - 1000]
+    sizes, starts = [5, _kernel().ROW + 99], [3, 2**32 - 70]
     values = [torch.linspace(-3, 3, n, dtype=torch.float32, device=device).sin_() for n in sizes]
     # In proportion, so that nothing cancels: another rounding shows in the last bit alone.
     weights = [(value * 1.01).to(dtype) for value in values]

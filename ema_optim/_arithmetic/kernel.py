@@ -97,7 +97,7 @@ def _elements(
     if SKIP:
         if mask is not None:
             keep = keep & mask
-        tl.store(flag_at, 1, tl.max(keep.to(tl.int32), 0) > 0)
+        tl.store(flag_at + at * 0, 1, keep)
     if FORMAT == 0:
         _plain(row, at, mask, new, rate, keep, ALIGNED, SKIP)
     elif FORMAT == 1:

@@ -1,0 +1,184 @@
+"""The one kernel against the eager form, bit for bit, in Triton's interpreter or on a GPU."""
+
+import itertools
+
+import pytest
+import torch
+from interpreted import on_cpu  # noqa: F401
+
+from ema_optim import EMAOptimizer, EMAWarning
+from ema_optim._arithmetic import fused
+from ema_optim._arithmetic.formats import FORMATS, Update, format_of
+
+# Of numpy, where the interpreter subtracts infinities.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+FORMAT_ROWS = [None, *FORMATS]
+WEIGHT_ROWS = [torch.float32, torch.bfloat16, torch.float16]
+each_format = pytest.mark.parametrize("name", FORMAT_ROWS, ids=str)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def format_by(name):
+    return format_of(torch.float32) if name is None else FORMATS[name]
+
+
+def normal(*shapes, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+class Averaged:
+    """EMA tensors of some values, and where they start."""
+
+    def __init__(self, name, values, starts=None, flag=None):
+        self.format = format_by(name)
+        self.mains, self.lows = fused._stored(self.format, values)
+        sizes = [value.numel() for value in values]
+        self.starts = starts or list(itertools.accumulate(sizes[:-1], initial=0))
+        parts = self.format, self.mains, self.lows, self.starts
+        self.plan = fused.Plan(*parts, flag)
+
+    def eager(self, weights, decay, number):
+        update = Update(decay, number, self.starts)
+        self.format.update_(self.mains, self.lows, weights, update)
+        return self
+
+    def kernel(self, weights, decay, number, held=None):
+        assert self.plan.aim(weights, decay)
+        self.plan.launch(Update(decay, number, self.starts), held)
+        return self
+
+    def same(self, other):
+        # The interpreter rounds bfloat16 its own way, which is a fraction of a remainder's last bit.
+        rtol = 2.0**-30 if self.mains[0].dtype == torch.float32 and self.lows else 0.0
+        pairs = zip(self.decoded(), other.decoded(), strict=True)
+        return all(torch.allclose(*pair, rtol=rtol, atol=0.0, equal_nan=True) for pair in pairs)
+
+    def decoded(self):
+        wide = [torch.empty_like(main, dtype=torch.float64) for main in self.mains]
+        self.format.decode_(wide, self.mains, self.lows)
+        return wide
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_ROWS, ids=str)
+@each_format
+def test_the_kernel_is_the_eager_form(on_cpu, name, dtype):
+    values = normal(1300, (7, 30), (), (0, 3), (5, 2, 3))
+    values[1] = values[1].t()
+    starts = [2**32 - 700, 5, 2**31 - 1, 9, 2**35 + 1]
+    eager, kernel = (Averaged(name, values, starts) for _ in range(2))
+    weights = [w.to(dtype) for w in normal(1300, (7, 30), (), (0, 3), (5, 2, 3), seed=2)]
+    weights[1] = weights[1].t()
+    weights[0][5:8] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for number, decay in enumerate((0.99, 0.4, 0.9), 40):
+        assert kernel.kernel(weights, decay, number).same(eager.eager(weights, decay, number))
+    assert not kernel.same(Averaged(name, values, starts))
+
+
+@pytest.mark.parametrize("held", [1.0, 2.0, torch.nan])
+@each_format
+def test_what_is_held_back_changes_nothing(on_cpu, name, held):
+    values, weights = normal(600, 3), normal(600, 3, seed=2)
+    before, after = (Averaged(name, values) for _ in range(2))
+    assert after.kernel(weights, 0.5, 1, torch.tensor(held)).same(before)
+    assert not after.kernel(weights, 0.5, 1, torch.tensor(0.0)).same(before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@each_format
+def test_an_element_whose_weight_is_not_finite_keeps_its_ema(on_cpu, name, bad):
+    flag = torch.zeros(1, dtype=torch.int32)
+    values, weights = normal(600, 70), normal(600, 70, seed=2)
+    eager, kernel = Averaged(name, values), Averaged(name, values, flag=flag)
+    assert kernel.kernel(weights, 0.5, 1).same(eager.eager(weights, 0.5, 1))
+    assert not flag
+    kept = [part[1][3].clone() for part in (kernel.mains, kernel.lows) if part]
+    weights[1][3] = bad
+    kernel.kernel(weights, 0.5, 2), eager.eager(weights, 0.5, 2)
+    for part, value in zip((eager.mains, eager.lows), kept, strict=False):
+        part[1][3] = value
+    assert flag
+    assert kernel.same(eager)
+
+
+def test_the_table_follows_weights_that_have_moved(on_cpu):
+    values, weights = normal((4, 6), 5), normal((4, 6), 5, seed=2)
+    eager, kernel = (Averaged(None, values) for _ in range(2))
+    kernel.kernel(weights, 0.5, 1)
+    weights[0].data = normal((6, 4), seed=3)[0].t()  # other strides: eager now
+    assert not kernel.plan.aim(weights, 0.5)
+    weights[0].data = normal((4, 6), seed=4)[0]
+    moved = [normal((4, 6), seed=4)[0], weights[1]]
+    first = normal((4, 6), 5, seed=2)
+    assert kernel.kernel(weights, 0.5, 2).same(eager.eager(first, 0.5, 1).eager(moved, 0.5, 2))
+
+
+UNKNOWN = {
+    "cut": lambda: torch.zeros(4, 6)[:, ::2],
+    "expanded": lambda: torch.zeros(4, 1).expand(4, 3),
+    "negated": lambda: torch._neg_view(torch.zeros(4, 3)),
+    "double": lambda: torch.zeros(4, 3, dtype=torch.float64),
+    "sparse": lambda: torch.zeros(4, 3).to_sparse(),
+    "elsewhere": lambda: torch.zeros(4, 3, device="meta"),
+    "transposed": lambda: torch.zeros(3, 4).t(),
+}
+
+
+@pytest.mark.parametrize("made", UNKNOWN.values(), ids=UNKNOWN)
+def test_what_the_kernel_does_not_know_stays_eager(on_cpu, made):
+    kernel = Averaged(None, normal((4, 3), 2))
+    assert not kernel.plan.aim([made(), torch.zeros(2)], 0.5)
+    assert kernel.plan.aim([torch.zeros(4, 3), torch.zeros(2)], 0.5)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no compiler\nmore"), None], ids=["fails", "wrong"])
+def test_a_kernel_that_is_not_right_is_told_of_once_and_not_used(on_cpu, monkeypatch, fault):
+    def launch(*args):
+        if fault:
+            raise fault
+
+    monkeypatch.setattr(on_cpu, "launch", launch)
+    model = torch.nn.Linear(2, 2)
+    optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), decay=0.5)
+    model(torch.ones(1, 2)).sum().backward()
+    said = r"failed \(RuntimeError: no compiler\)" if fault else "gave other numbers"
+    with pytest.warns(EMAWarning, match=said):
+        optimizer.step()
+    before, after = torch.zeros(2), model.bias.detach()
+    optimizer.step()
+    assert not torch.equal(optimizer.state[model.bias]["ema"], before)
+    assert torch.isfinite(after).all()
+
+
+def test_an_ema_tensor_saved_for_backward_is_known_to_have_changed(on_cpu):
+    kernel, leaf = Averaged(None, normal(5)), torch.ones(5, requires_grad=True)
+    loss = (kernel.mains[0] * leaf).sum()
+    kernel.kernel(normal(5, seed=2), 0.5, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def trained(name, steps=4):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    optimizer = EMAOptimizer(torch.optim.AdamW(model.parameters()), decay=0.9, dtype=name)
+    optimizer._ema.warned.add("bfloat16")
+    for step in range(steps):
+        model(torch.ones(2, 5) * step).square().sum().backward()
+        optimizer.step()
+    return optimizer.state_dict()["state"]
+
+
+@each_format
+def test_an_optimizer_averages_by_the_kernel(on_cpu, monkeypatch, name):
+    launches, launch = [], on_cpu.launch
+    monkeypatch.setattr(on_cpu, "launch", lambda *args: launches.append(launch(*args)))
+    ours = trained(name)
+    made = len(launches)
+    monkeypatch.setattr(fused, "_DEVICES", set())
+    eager = trained(name)
+    assert made == len(launches) >= 4
+    for key, entries in eager.items():
+        for entry in entries.keys() - {"ema_low"} if name == "float32_compensated" else entries:
+            assert torch.equal(ours[key][entry], entries[entry])
