@@ -24,6 +24,7 @@ def interpreted_kernel(patch, row=512, step=256):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.ROW, module._STEP = row, step
+    module.launch = np.errstate(invalid="ignore")(module.launch)  # a GPU says nothing either
     return module
 
 

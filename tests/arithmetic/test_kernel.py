@@ -10,9 +10,6 @@ from ema_optim import EMAOptimizer, EMAWarning
 from ema_optim._arithmetic import fused
 from ema_optim._arithmetic.formats import FORMATS, Update, format_of
 
-# Of numpy, where the interpreter subtracts infinities.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-
 FORMAT_ROWS = [None, *FORMATS]
 WEIGHT_ROWS = [torch.float32, torch.bfloat16, torch.float16]
 each_format = pytest.mark.parametrize("name", FORMAT_ROWS, ids=str)
