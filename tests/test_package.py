@@ -20,6 +20,7 @@ import ema_optim
 ROOT = Path(__file__).parent.parent
 HEAVY = (
     "torchao",
+    "triton",
     "safetensors",
     "transformers",
     "lightning",

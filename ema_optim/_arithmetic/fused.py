@@ -232,4 +232,4 @@ def _are_alike(format: Format, *stored: tuple[Tensors, Tensors]) -> bool:
     # As numbers: a NaN has a pattern of its own on each device.
     rtol = _LAST_BIT if format.main == torch.float32 else 0.0
     pairs = zip(*decoded, strict=True)
-    return all(torch.allclose(*pair, rtol=rtol, atol=0.0, equal_nan=True) for pair in pairs)
+    return all(torch.allclose(x, y, rtol=rtol, atol=0.0, equal_nan=True) for x, y in pairs)

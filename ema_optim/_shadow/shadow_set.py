@@ -104,7 +104,6 @@ class ShadowSet(Births):
             return
         if found_inf:  # on an accelerator that is a wait
             return
-        self.settle()
         with no_autograd():
             for bucket, factor in lane.plan:
                 bucket.average(factor)

@@ -1,10 +1,9 @@
 """The one kernel against the eager form, bit for bit, in Triton's interpreter or on a GPU."""
 
-import itertools
+from itertools import accumulate
 
 import pytest
 import torch
-from interpreted import on_cpu  # noqa: F401
 
 from ema_optim import EMAOptimizer, EMAWarning
 from ema_optim._arithmetic import fused
@@ -13,6 +12,7 @@ from ema_optim._arithmetic.formats import FORMATS, Update, format_of
 FORMAT_ROWS = [None, *FORMATS]
 WEIGHT_ROWS = [torch.float32, torch.bfloat16, torch.float16]
 each_format = pytest.mark.parametrize("name", FORMAT_ROWS, ids=str)
+INTS = {2: torch.int16, 4: torch.int32}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -32,7 +32,7 @@ class Averaged:
         self.format = format_by(name)
         self.mains, self.lows = fused._stored(self.format, values)
         sizes = [value.numel() for value in values]
-        self.starts = starts or list(itertools.accumulate(sizes[:-1], initial=0))
+        self.starts = starts or list(accumulate(sizes[:-1], initial=0))
         parts = self.format, self.mains, self.lows, self.starts
         self.plan = fused.Plan(*parts, flag)
 
@@ -47,7 +47,7 @@ class Averaged:
         return self
 
     def same(self, other):
-        # The interpreter rounds bfloat16 its own way, which is a fraction of a remainder's last bit.
+        # The interpreter rounds to bfloat16 its own way: a last bit of the remainder.
         rtol = 2.0**-30 if self.mains[0].dtype == torch.float32 and self.lows else 0.0
         pairs = zip(self.decoded(), other.decoded(), strict=True)
         return all(torch.allclose(*pair, rtol=rtol, atol=0.0, equal_nan=True) for pair in pairs)
@@ -68,6 +68,8 @@ def test_the_kernel_is_the_eager_form(on_cpu, name, dtype):
     weights = [w.to(dtype) for w in normal(1300, (7, 30), (), (0, 3), (5, 2, 3), seed=2)]
     weights[1] = weights[1].t()
     weights[0][5:8] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    ones = torch.tensor(-1 if dtype.itemsize == 4 else 2**15 - 1).to(INTS[dtype.itemsize])
+    weights[0][8] = ones.view(dtype)  # a NaN that noise would overflow
     for number, decay in enumerate((0.99, 0.4, 0.9), 40):
         assert kernel.kernel(weights, decay, number).same(eager.eager(weights, decay, number))
     assert not kernel.same(Averaged(name, values, starts))
@@ -109,6 +111,9 @@ def test_the_table_follows_weights_that_have_moved(on_cpu):
     moved = [normal((4, 6), seed=4)[0], weights[1]]
     first = normal((4, 6), 5, seed=2)
     assert kernel.kernel(weights, 0.5, 2).same(eager.eager(first, 0.5, 1).eager(moved, 0.5, 2))
+    left, kernel.mains[1].data = kernel.mains[1].data, kernel.mains[1].clone()
+    assert kernel.kernel(weights, 0.5, 3).same(eager.eager(moved, 0.5, 3))
+    assert not torch.equal(left, kernel.mains[1])
 
 
 UNKNOWN = {
@@ -179,3 +184,26 @@ def test_an_optimizer_averages_by_the_kernel(on_cpu, monkeypatch, name):
     for key, entries in eager.items():
         for entry in entries.keys() - {"ema_low"} if name == "float32_compensated" else entries:
             assert torch.equal(ours[key][entry], entries[entry])
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("dtype", WEIGHT_ROWS, ids=str)
+@each_format
+def test_the_kernel_is_right_on_a_gpu(name, dtype, skips):
+    assert fused._is_right(torch.device("cuda", 0), format_by(name), dtype, skips)
+
+
+@pytest.mark.gpu
+@on_gpu
+@each_format
+def test_a_run_may_move_between_gpu_and_cpu(name):
+    values, weights = normal((70, 300), 9), normal((70, 300), 9, seed=2)
+    host, device = Averaged(name, values), Averaged(name, [value.cuda() for value in values])
+    for number in range(3):
+        host.eager(weights, 0.9, number)
+        device.kernel([weight.cuda() for weight in weights], 0.9, number)
+    rtol = 2.0**-23 if host.mains[0].dtype == torch.float32 else 0.0
+    pairs = zip(host.decoded(), device.decoded(), strict=True)
+    assert all(torch.allclose(x, y.cpu(), rtol=rtol, atol=0.0) for x, y in pairs)
