@@ -1,6 +1,6 @@
 import pytest
 import torch
-from interpreted import on_cpu  # noqa: F401
+from interpreted import on_cpu, stood_in  # noqa: F401
 from ranks import stop_pools
 
 from ema_optim import _warnings

@@ -1,12 +1,16 @@
-"""The kernel on a CPU, in Triton's interpreter: slow, one operation after another, but the same."""
+"""The kernel on a CPU, in Triton's interpreter (slow, but the same) or of torch's operators."""
 
 import importlib.util
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from ema_optim._arithmetic import fused
+from ema_optim._arithmetic.formats import format_of
 
 
 def interpreted_kernel(patch, row=512, step=256):
@@ -38,3 +42,27 @@ def on_cpu(monkeypatch):
     fused._is_right.cache_clear()
     yield module
     fused._is_right.cache_clear()
+
+
+@pytest.fixture
+def stood_in(monkeypatch):
+    """Have the eager form stand in for the kernel: it reads ``held`` on the device as well."""
+    aim = fused.Plan.aim
+
+    def aimed(plan, weights, decay):
+        plan.weights = weights
+        return aim(plan, weights, decay)
+
+    def launch(plan, update, held=None):
+        parts = [plan._mains, plan._lows]
+        new = [[tensor.clone() for tensor in part] for part in parts]
+        form = format_of(*(part[0].dtype if part else None for part in parts))
+        form.update_(*new, plan.weights, update)
+        for old, made in zip([*plan._mains, *plan._lows], chain(*new), strict=True):
+            old.copy_(made if held is None else torch.where(held != 0, old, made))
+
+    monkeypatch.setattr(fused.Plan, "aim", aimed)
+    monkeypatch.setattr(fused.Plan, "launch", launch)
+    monkeypatch.setattr(fused, "_kernel", lambda: SimpleNamespace(ROW=512))
+    monkeypatch.setattr(fused, "_is_right", lambda *kind: True)
+    monkeypatch.setattr(fused, "_DEVICES", {"cpu"})

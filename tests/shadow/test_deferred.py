@@ -52,7 +52,7 @@ class Run:
 
 
 @pytest.fixture
-def read_each(on_cpu, monkeypatch):
+def read_each(stood_in, monkeypatch):
     """The same run with a read at every step, in eager mode."""
 
     def run(*numbers, **options):
@@ -78,7 +78,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_every_reader_sees_the_counts_of_a_run_that_read_each_step(on_cpu, read_each, read):
+def test_every_reader_sees_the_counts_of_a_run_that_read_each_step(stood_in, read_each, read):
     run, reference = Run(**STEADY), read_each(*range(7), **STEADY)
     assert run.steps(*range(7))[1:] == [0] * 6  # the first one gives birth
     assert read(run.optimizer) == read(reference.optimizer)
@@ -86,7 +86,7 @@ def test_every_reader_sees_the_counts_of_a_run_that_read_each_step(on_cpu, read_
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_a_read_in_between_changes_nothing(on_cpu, read_each, read):
+def test_a_read_in_between_changes_nothing(stood_in, read_each, read):
     run, reference = Run(**STEADY), read_each(*range(7), **STEADY)
     run.steps(*range(5))
     read(run.optimizer)
@@ -106,19 +106,28 @@ def test_a_read_in_between_changes_nothing(on_cpu, read_each, read):
     ],
     ids=str,
 )
-def test_where_the_count_matters_each_step_is_read(on_cpu, read_each, options):
+def test_where_the_count_matters_each_step_is_read(stood_in, read_each, options):
     run, reference = Run(**options), read_each(*range(5), **options)
     assert all(run.steps(*range(5)))
     assert same(run.optimizer.state_dict(), reference.optimizer.state_dict())
 
 
-def test_a_compensated_average_is_not_waited_for(on_cpu):
+def test_the_kernel_itself_holds_back_what_is_skipped(on_cpu, monkeypatch):
+    run = Run(**STEADY)
+    assert run.steps(*range(7))[1:] == [0] * 6
+    monkeypatch.setattr(fused, "_DEVICES", set())
+    reference = Run(**STEADY)
+    reference.steps(*range(7))
+    assert same(run.optimizer.state_dict(), reference.optimizer.state_dict())
+
+
+def test_a_compensated_average_is_not_waited_for(stood_in):
     run = Run(decay=0.75, dtype="float32_compensated", update_after_step=1)
     assert run.steps(*range(7))[3:] == [0] * 4
     assert run.optimizer.ema_metrics()["ema_updates"] == 4
 
 
-def test_a_checkpoint_in_between_goes_on_alike(on_cpu, read_each):
+def test_a_checkpoint_in_between_goes_on_alike(stood_in, read_each):
     first, second, reference = Run(**STEADY), Run(**STEADY), read_each(*range(7), **STEADY)
     first.steps(*range(5))
     second.optimizer.load_state_dict(first.optimizer.state_dict())
@@ -127,7 +136,7 @@ def test_a_checkpoint_in_between_goes_on_alike(on_cpu, read_each):
     assert same(second.optimizer.state_dict(), reference.optimizer.state_dict())
 
 
-def test_what_waits_is_forgotten_by_a_load(on_cpu):
+def test_what_waits_is_forgotten_by_a_load(stood_in):
     run = Run(**STEADY)
     run.steps(*range(3))
     kept = copy.deepcopy(run.optimizer.state_dict())
@@ -157,7 +166,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_steps_count_alike_about_what_changes_between_them(on_cpu, monkeypatch, change):
+def test_steps_count_alike_about_what_changes_between_them(stood_in, monkeypatch, change):
     states = []
     for devices in ({"cpu"}, set()):
         monkeypatch.setattr(fused, "_DEVICES", devices)
