@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._warnings import warn
 from .formats import Format, Tensors, Update
+from .guard import guarded_update_
 from .scratch import in_memory_order
 
 _DEVICES = {"cuda"}  # types of device
@@ -44,8 +45,8 @@ class Plan:
         mains: Main tensors.
         lows: Low-order tensors; empty for a format that has none.
         starts: For each of them the position of its first element, see ``Update``.
-        flag: An int32 of their device, set to 1 where a weight is not finite: the EMA of that
-            element stays as it is. None: it goes into the EMA, as in the eager form.
+        met: For each of them, bool: set where one of its weights is not finite, and the EMA of that
+            element stays as it is, see ``guard``. None: such weights go into the EMA.
     """
 
     def __init__(
@@ -54,19 +55,17 @@ class Plan:
         mains: list[Tensor],
         lows: list[Tensor],
         starts: Sequence[int],
-        flag: Tensor | None = None,
+        met: Tensor | None = None,
     ) -> None:
         self._device = mains[0].device
         self._form = _FORMATS[format.main, format.low]
-        self._mains, self._lows, self._starts = mains, lows, starts
+        self._mains, self._lows, self._starts, self._met = mains, lows, starts, met
         self._where: object = None
         self._table: Tensor | None = None
         self._kinds: tuple[int | str, ...] = ()
         self._told: tuple[float, int] | None = None
-        self._skips = flag is not None
         self._rate, self._stream = self._number(torch.float64), self._number(torch.int64)
         self._free = self._number(torch.float32)
-        self._flag = self._number(torch.int32) if flag is None else flag
 
     @property
     def draws(self) -> bool:
@@ -93,7 +92,7 @@ class Plan:
             return
         self._tell(update)
         held = self._free if held is None else held.to(self._free, non_blocking=True)
-        numbers = self._rate, self._stream, held, self._flag
+        numbers = self._rate, self._stream, held
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             _kernel().launch(self._table, numbers, self._kinds)
         # Behind autograd's back otherwise: who has saved an EMA tensor for backward is to know.
@@ -114,8 +113,9 @@ class Plan:
         if not all(self._knows(*row) for row in rows):
             return None
         aligned = not any(t.data_ptr() % _ALIGNED for row in rows for t in row)
-        self._kinds = self._form, _WEIGHTS[weights[0].dtype], aligned, self._skips
-        table = _table(rows, self._starts, _kernel().ROW)
+        self._kinds = self._form, _WEIGHTS[weights[0].dtype], aligned, self._met is not None
+        met = 0 if self._met is None else self._met.data_ptr()
+        table = _table(rows, met, self._starts, _kernel().ROW)
         if self._device.type == "cpu":
             return table
         # From pageable memory the copy would wait.
@@ -130,15 +130,18 @@ class Plan:
         return all(map(Tensor.is_contiguous, in_memory_order(trio)))
 
 
-def _table(trios: Sequence[tuple[Tensor, ...]], starts: Sequence[int], row: int) -> Tensor:
-    """Addresses of main, low and weights, position and number of elements, for each row."""
+def _table(
+    trios: Sequence[tuple[Tensor, ...]], met: int, starts: Sequence[int], row: int
+) -> Tensor:
+    """The rows of the kernel's table; ``met`` is an address."""
     sizes = torch.tensor([trio[0].numel() for trio in trios])
     pieces = (sizes + row - 1) // row
     begun = torch.arange(int(pieces.sum())) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
     lines = [
-        (*map(Tensor.data_ptr, trio), start) for trio, start in zip(trios, starts, strict=True)
+        (*map(Tensor.data_ptr, trio), met + i, starts[i])  # a byte for each tensor
+        for i, trio in enumerate(trios)
     ]
-    widths = torch.tensor([*map(Tensor.element_size, trios[0]), 1])
+    widths = torch.tensor([*map(Tensor.element_size, trios[0]), 0, 1])
     begun = begun[:, None] * row
     where = torch.tensor(lines).repeat_interleave(pieces, 0) + begun * widths
     left = sizes.repeat_interleave(pieces)[:, None] - begun
@@ -151,7 +154,7 @@ def plan_for(
     lows: list[Tensor],
     starts: Sequence[int],
     dtype: torch.dtype,
-    flag: Tensor | None = None,
+    met: Tensor | None = None,
 ) -> Plan | None:
     """The plan of EMA tensors of one device whose weights are of one dtype, if there can be one.
 
@@ -162,9 +165,9 @@ def plan_for(
     known = (format.main, format.low) in _FORMATS and dtype in _WEIGHTS
     if device.type not in _DEVICES or not known or _kernel() is None:
         return None
-    if not _is_right(device, format, dtype, flag is not None):
+    if not _is_right(device, format, dtype, met is not None):
         return None
-    return Plan(format, mains, lows, starts, flag)
+    return Plan(format, mains, lows, starts, met)
 
 
 @cache
@@ -201,20 +204,19 @@ def _agrees(device: torch.device, format: Format, dtype: torch.dtype, skips: boo
     weights = [(value * 1.01).to(dtype) for value in values]
     weights[0][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     eager, fused = _stored(format, values), _stored(format, values)
-    flag = torch.zeros(1, dtype=torch.int32, device=device) if skips else None
-    plan = Plan(format, *fused, starts, flag)
+    met = torch.zeros(2, dtype=torch.bool, device=device)
+    plan = Plan(format, *fused, starts, met if skips else None)
     for number, decay in enumerate((0.99, 0.3), 70):
         update = Update(decay, number, starts)
-        format.update_(*eager, weights, update)
+        if skips:
+            guarded_update_(format, eager, weights, update, torch.zeros_like(met))
+        else:
+            format.update_(*eager, weights, update)
         if not plan.aim(weights, decay):
             return False
         plan.launch(update)
         plan.launch(update, torch.ones(1, device=device))  # is held back
-    if skips:
-        for parts, kept in zip(eager, _stored(format, values), strict=True):
-            if parts:
-                parts[0][:3] = kept[0][:3]
-    return (flag is None or bool(flag)) and _are_alike(format, eager, fused)
+    return met.tolist() == [skips, False] and _are_alike(format, eager, fused)
 
 
 def _stored(format: Format, values: Tensors) -> tuple[Tensors, Tensors]:

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROW = 16384  # elements of one program; the table takes 40 bytes for each
-COLUMNS = 5  # addresses of main, low and weights; position of the first element; elements
+ROW = 16384  # elements of one program; the table takes 48 bytes for each
 _STEP = 2048  # elements at a time: two 16-byte accesses of fp32 for each thread
 _WARPS = 8
 
@@ -24,12 +23,13 @@ def launch(table: Tensor, numbers: tuple[Tensor, ...], kinds: tuple[int | str, .
     """Update every element of a table.
 
     Args:
-        table: int64, a row of ``COLUMNS`` for each program.
+        table: int64, for each program the addresses of main, low, weights and "met", the position
+            of the first element, and the number of elements, at most ``ROW``.
         numbers: ``1 - decay`` (float64), the number of the update (int64), what is not 0 where the
-            update is to be held back (float32), what is set to 1 where a weight was skipped
-            (int32); each of one element.
+            update is to be held back (float32); each of one element.
         kinds: The format, the weights' dtype, whether all addresses are divisible by 16, and
-            whether elements whose weight is not finite keep their EMA.
+            whether elements whose weight is not finite keep their EMA; "met", of one byte, is set
+            to 1 then.
     """
     form, weights, aligned, skip = kinds
     update[(len(table),)](
@@ -52,7 +52,6 @@ def update(
     rate_at,
     stream_at,
     held_at,
-    flag_at,
     FORMAT: tl.constexpr,
     WEIGHTS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -61,8 +60,8 @@ def update(
     STEP: tl.constexpr,
 ):
     if tl.load(held_at) == 0.0:  # a NaN holds too
-        row = table + tl.program_id(0).to(tl.int64) * 5
-        first, size = tl.load(row + 3), tl.load(row + 4).to(tl.int32)
+        row = table + tl.program_id(0).to(tl.int64) * 6
+        first, size = tl.load(row + 4), tl.load(row + 5).to(tl.int32)
         rate = tl.load(rate_at).to(tl.float32)
         key = _mix64(tl.load(stream_at).to(tl.uint64))
         weights = _pointer(tl.load(row + 2), WEIGHTS, ALIGNED)
@@ -70,12 +69,12 @@ def update(
         if size == SIZE:
             for begin in range(0, SIZE, STEP):
                 at = begin + tl.arange(0, STEP)
-                _elements(row, at, None, weights, first, rate, key, flag_at, FORMAT, ALIGNED, SKIP)
+                _elements(row, at, None, weights, first, rate, key, FORMAT, ALIGNED, SKIP)
         else:
             for begin in range(0, size, STEP):
                 at = begin + tl.arange(0, STEP)
                 mask = at < size
-                _elements(row, at, mask, weights, first, rate, key, flag_at, FORMAT, ALIGNED, SKIP)
+                _elements(row, at, mask, weights, first, rate, key, FORMAT, ALIGNED, SKIP)
 
 
 @triton.jit
@@ -87,7 +86,6 @@ def _elements(
     first,
     rate,
     key,
-    flag_at,
     FORMAT: tl.constexpr,
     ALIGNED: tl.constexpr,
     SKIP: tl.constexpr,
@@ -97,7 +95,8 @@ def _elements(
     if SKIP:
         if mask is not None:
             keep = keep & mask
-        tl.store(flag_at + at * 0, 1, keep)
+        met = _pointer(tl.load(row + 3), tl.int8, False)
+        tl.store(met + at * 0, 1, keep)
     if FORMAT == 0:
         _plain(row, at, mask, new, rate, keep, ALIGNED, SKIP)
     elif FORMAT == 1:

@@ -8,6 +8,7 @@ import torch
 from ema_optim import EMAOptimizer, EMAWarning
 from ema_optim._arithmetic import fused
 from ema_optim._arithmetic.formats import FORMATS, Update, format_of
+from ema_optim._arithmetic.guard import guarded_update_
 
 FORMAT_ROWS = [None, *FORMATS]
 WEIGHT_ROWS = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,13 +29,12 @@ def normal(*shapes, dtype=torch.float32, seed=1):
 class Averaged:
     """EMA tensors of some values, and where they start."""
 
-    def __init__(self, name, values, starts=None, flag=None):
+    def __init__(self, name, values, starts=None, met=None):
         self.format = format_by(name)
         self.mains, self.lows = fused._stored(self.format, values)
         sizes = [value.numel() for value in values]
         self.starts = starts or list(accumulate(sizes[:-1], initial=0))
-        parts = self.format, self.mains, self.lows, self.starts
-        self.plan = fused.Plan(*parts, flag)
+        self.plan = fused.Plan(self.format, self.mains, self.lows, self.starts, met)
 
     def eager(self, weights, decay, number):
         update = Update(decay, number, self.starts)
@@ -87,18 +87,16 @@ def test_what_is_held_back_changes_nothing(on_cpu, name, held):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @each_format
 def test_an_element_whose_weight_is_not_finite_keeps_its_ema(on_cpu, name, bad):
-    flag = torch.zeros(1, dtype=torch.int32)
+    met, seen = torch.zeros(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
     values, weights = normal(600, 70), normal(600, 70, seed=2)
-    eager, kernel = Averaged(name, values), Averaged(name, values, flag=flag)
+    eager, kernel = Averaged(name, values), Averaged(name, values, met=met)
     assert kernel.kernel(weights, 0.5, 1).same(eager.eager(weights, 0.5, 1))
-    assert not flag
-    kept = [part[1][3].clone() for part in (kernel.mains, kernel.lows) if part]
+    assert not met.any()
     weights[1][3] = bad
-    kernel.kernel(weights, 0.5, 2), eager.eager(weights, 0.5, 2)
-    for part, value in zip((eager.mains, eager.lows), kept, strict=False):
-        part[1][3] = value
-    assert flag
-    assert kernel.same(eager)
+    parts, update = (eager.mains, eager.lows), Update(0.5, 2, eager.starts)
+    guarded_update_(eager.format, parts, weights, update, seen)
+    assert kernel.kernel(weights, 0.5, 2).same(eager)
+    assert met.tolist() == seen.tolist() == [False, True]
 
 
 def test_the_table_follows_weights_that_have_moved(on_cpu):
@@ -159,6 +157,21 @@ def test_an_ema_tensor_saved_for_backward_is_known_to_have_changed(on_cpu):
     kernel.kernel(normal(5, seed=2), 0.5, 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_an_optimizer_skips_by_the_kernel_what_is_not_finite(on_cpu):
+    model = torch.nn.Linear(3, 2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = EMAOptimizer(inner, decay=0.5, skip_non_finite=True)
+    optimizer._ema.warned.add("export")
+    expected = torch.ones(2)  # before the first step
+    for bias in (1.0, torch.nan, 3.0):
+        model(torch.ones(1, 3)).sum().backward()
+        model.bias.data.fill_(bias)
+        optimizer.step()
+        expected.lerp_(model.bias.detach() if bias == bias else expected, 0.5)
+    with pytest.warns(EMAWarning, match=r"NaN or infinite at some update.*: parameter 1"):
+        assert torch.equal(optimizer.get_ema_state(model)["bias"], expected)
 
 
 def trained(name, steps=4):
