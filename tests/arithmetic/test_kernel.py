@@ -1,5 +1,6 @@
 """The one kernel against the eager form, bit for bit, in Triton's interpreter or on a GPU."""
 
+import importlib
 from itertools import accumulate
 
 import pytest
@@ -197,6 +198,23 @@ def test_an_optimizer_averages_by_the_kernel(on_cpu, monkeypatch, name):
     for key, entries in eager.items():
         for entry in entries.keys() - {"ema_low"} if name == "float32_compensated" else entries:
             assert torch.equal(ours[key][entry], entries[entry])
+
+
+@pytest.mark.parametrize(("form", "weights"), [(0, "bf16"), (1, "fp16"), (2, "fp32"), (3, "bf16")])
+def test_the_kernel_compiles_for_a_gpu_to_wide_accesses(monkeypatch, tmp_path, form, weights):
+    triton = pytest.importorskip("triton", reason="the kernel is Triton's: pip install triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    module = importlib.import_module("ema_optim._arithmetic.kernel")
+    kind = triton.language.dtype(weights), True, bool(form % 2), module.ROW, module._STEP
+    types = dict(zip(module.update.arg_names, ["*i64", "*fp64", "*i64", "*fp32"], strict=False))
+    constants = dict(zip(module.update.arg_names[4:], (form, *kind), strict=True))
+    source = ASTSource(module.update, types | dict.fromkeys(constants, "constexpr"), constants)
+    options = {"num_warps": module._WARPS, "enable_fp_fusion": False}
+    text = triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]
+    assert all(part in text for part in ("ld.global.v4", "st.global.v4", "fma.rn.f32"))
 
 
 @pytest.mark.gpu
