@@ -10,7 +10,7 @@ know (complex, sparse and oddly strided tensors, float64, a decay of 0) stays ea
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -133,17 +133,19 @@ class Plan:
 def _table(
     trios: Sequence[tuple[Tensor, ...]], met: int, starts: Sequence[int], row: int
 ) -> Tensor:
-    """The rows of the kernel's table; ``met`` is an address."""
-    sizes = torch.tensor([trio[0].numel() for trio in trios])
+    """The rows of the kernel's table, on the CPU; ``met`` is an address."""
+    integers = partial(torch.tensor, dtype=torch.int64, device="cpu")
+    sizes = integers([trio[0].numel() for trio in trios])
     pieces = (sizes + row - 1) // row
-    begun = torch.arange(int(pieces.sum())) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
+    count = torch.arange(int(pieces.sum()), device="cpu")
+    begun = count - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)
     lines = [
         (*map(Tensor.data_ptr, trio), met + i, starts[i])  # a byte for each tensor
         for i, trio in enumerate(trios)
     ]
-    widths = torch.tensor([*map(Tensor.element_size, trios[0]), 0, 1])
+    widths = integers([*map(Tensor.element_size, trios[0]), 0, 1])
     begun = begun[:, None] * row
-    where = torch.tensor(lines).repeat_interleave(pieces, 0) + begun * widths
+    where = integers(lines).repeat_interleave(pieces, 0) + begun * widths
     left = sizes.repeat_interleave(pieces)[:, None] - begun
     return torch.cat([where, left.clamp(max=row)], 1)
 

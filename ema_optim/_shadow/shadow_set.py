@@ -98,10 +98,10 @@ class ShadowSet(Births):
         """
         if lane is None:
             return
-        if self.deferred.takes(lane, found_inf, self.update_every, self.update_after_step):
-            with no_autograd():
+        with no_autograd():
+            if self.deferred.takes(lane, found_inf, self.update_every, self.update_after_step):
                 self.deferred.average(lane, found_inf)
-            return
+                return
         if found_inf:  # on an accelerator that is a wait
             return
         with no_autograd():
