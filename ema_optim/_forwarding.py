@@ -44,6 +44,11 @@ class ForwardingOptimizer(Optimizer):
             remedy = ""
             if not name.startswith("_") and hasattr(inner, name):
                 remedy = f": the inner optimizer has it, use .inner.{name}"
+                if callable(getattr(inner, name)):
+                    remedy += (
+                        ". Only step() averages: an optimizer that is stepped by other names takes "
+                        "EMAOptimizer.for_class(...) as its base, or an EMAModel stands beside it"
+                    )
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{remedy}")
 
     @property

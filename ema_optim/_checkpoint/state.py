@@ -4,6 +4,7 @@ Live, because engines write through it: Lightning moves every tensor by assignme
 empty dicts in. Flattened distributed checkpoints read the keys of a parameter's state from it.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 from weakref import WeakValueDictionary
@@ -81,6 +82,10 @@ class ParamState(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An optimizer around this one that shares its state writes it into files (SAM does).
+        return OrderedDict, (list(self.entries().items()),)
 
 
 class StateView(MutableMapping[Any, Any]):

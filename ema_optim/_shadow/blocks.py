@@ -1,7 +1,7 @@
 """The ``with`` blocks of the front doors: told when left unused, and several as one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, _GeneratorContextManager, contextmanager
+from contextlib import AbstractContextManager, _GeneratorContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -77,10 +77,13 @@ def swap_ema_weights(owners: Sequence[Any], enabled: bool = True) -> Iterator[No
 def _nested(owners: Sequence[Any]) -> Iterator[None]:
     # One `with` in another, no ExitStack: its list of exits would outlive an interrupt that comes
     # between two of them in the traceback, and the blocks in it would count as still to be left.
-    if not owners:
-        yield
+    # By halves: an optimizer for every parameter would go deeper than Python does.
+    if len(owners) < 2:
+        with owners[0].swap_ema_weights() if owners else nullcontext():
+            yield
         return
-    with owners[0].swap_ema_weights(), _nested(owners[1:]):
+    half = len(owners) // 2
+    with _nested(owners[:half]), _nested(owners[half:]):
         yield
 
 

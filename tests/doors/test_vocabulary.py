@@ -177,6 +177,19 @@ def test_when_one_cannot_be_swapped_none_is(which):
     assert pair.whole()
 
 
+def test_more_than_a_thousand_are_swapped_as_one():
+    # An optimizer for every parameter, as in-backward optimizers are: GPT-2 XL has 580.
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(1100)]
+    optimizers = [EMAOptimizer(SGD([p], lr=0.1), decay=0.1) for p in params]
+    for p, optimizer in zip(params, optimizers, strict=True):
+        p.grad = torch.ones(1)
+        optimizer.step()
+    with swap_ema_weights(optimizers):
+        assert {p.item() for p in params} == {params[0].item()}
+        assert all(optimizer.swapped for optimizer in optimizers)
+    assert not any(optimizer.swapped for optimizer in optimizers)
+
+
 def test_disabled_nothing_is_swapped():
     pair = Pair()
     with swap_ema_weights(pair.owners, enabled=False):
