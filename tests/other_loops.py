@@ -18,7 +18,7 @@ from ema_optim import EMAOptimizer
 
 DECAY = 0.1  # after one update no more than a tenth of the initial weights is left
 EMAAdamW = EMAOptimizer.for_class(AdamW, decay=DECAY)
-REASON = '{} is of the extra "engines"; tests/README.md says how it is installed'
+REASON = '{} is of the extra "engines": tests/README.md says how it is installed'
 
 
 @contextmanager

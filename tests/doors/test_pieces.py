@@ -14,6 +14,8 @@ from torch.optim import SGD, Adam, AdamW
 
 from ema_optim import EMAModel, EMAOptimizer, swap_ema_weights
 
+# Importing torch.distributed.optim compiles some of its optimizers.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 DECAY = 0.1
 STEPS = 4
 
@@ -32,7 +34,9 @@ def net(seed=0):
 
 
 def batches(start=0, stop=STEPS):
-    return [torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(start, stop)]
+    return [
+        torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(start, stop)
+    ]
 
 
 def backward(model, batch):
@@ -150,6 +154,11 @@ def emas(run):
     return {n: v for o in run.optimizers for n, v in o.get_ema_state(run.model).items()}
 
 
+def near(found, expected):
+    pairs = zip(found, expected, strict=True)
+    return all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-8) for a, b in pairs)
+
+
 @kinds
 def test_training_in_pieces_is_bit_equal_to_the_bare_optimizers(kind):
     runs = [kind(wrap).train() for wrap in (plain, averaged)]
@@ -160,15 +169,15 @@ def test_training_in_pieces_is_bit_equal_to_the_bare_optimizers(kind):
 @kinds
 def test_each_piece_has_the_average_of_its_own_steps(kind):
     run = kind(averaged)
-    params = [[p for g in o.param_groups for p in g["params"]] for o in run.optimizers]
-    references = [Reference(part, DECAY) for part in params]
+    groups = [optimizer.param_groups[0] for optimizer in run.optimizers]
+    references = [Reference(group["params"], DECAY) for group in groups]
     for optimizer, reference in zip(run.optimizers, references, strict=True):
         optimizer.inner.register_step_post_hook(lambda *_, by=reference: by.update())
     run.train()
-    expected = dict(zip(sum(params, []), sum((r.emas for r in references), []), strict=True))
-    found = emas(run)
-    for name, p in run.model.named_parameters():
-        torch.testing.assert_close(found[name].double(), expected[p], rtol=1e-5, atol=1e-8)
+    assert {reference.step for reference in references} <= {STEPS, 2 * STEPS}
+    for optimizer, reference in zip(run.optimizers, references, strict=True):
+        found = [optimizer.state[p]["ema"] for p in reference.params]
+        assert near(found, reference.emas)
 
 
 @kinds
@@ -242,11 +251,6 @@ class Container(Parts):
         return self
 
 
-alone = [  # a process without a group
-    pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)"),
-]
-
-
 def test_a_containers_flat_state_names_the_ema_and_its_dry_step_is_not_counted():
     container = Container()
     assert {o.ema_metrics()["ema_updates"] for o in container.optimizers} == {0.0}
@@ -275,12 +279,12 @@ def test_a_containers_checkpoint_from_before_the_ema_loads_partially(tmp_path):
     with pytest.raises(dcp.CheckpointException, match=r"Missing key in checkpoint.*ema"):
         Container(seed=9).load(tmp_path)
     planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    run = Container(seed=9).load(tmp_path, planner=planner)
+    with pytest.warns(UserWarning, match="holds no EMA: it begins at the weights"):
+        run = Container(seed=9).load(tmp_path, planner=planner)
     reference = Reference(run.model.parameters(), DECAY)
     run.train(2, STEPS, after=reference.update)
     assert same(weights(run), weights(Container(plain).train()))
-    for found, expected in zip(emas(run).values(), reference.emas, strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
+    assert near(emas(run).values(), reference.emas)
 
 
 # Optimizers around optimizers
@@ -291,15 +295,13 @@ def peer(name):
     return getattr(module, name)
 
 
-def average_by_hand(model, optimizer, step):
-    """The EMA and what it should be, after some steps."""
+def is_averaged(model, optimizer, step):
+    """Whether the EMA is the average by hand of the weights after every step."""
     reference = Reference(model.parameters(), DECAY)
     for batch in batches():
         step(batch)
         reference.update()
-    found = optimizer.get_ema_state(model).values()
-    pairs = zip(found, reference.emas, strict=True)
-    return max((a.double() - b).abs().max().item() for a, b in pairs)
+    return near(optimizer.get_ema_state(model).values(), reference.emas)
 
 
 @pytest.mark.parametrize("outside", [True, False])
@@ -315,7 +317,7 @@ def test_lookahead_belongs_inside(outside):
         backward(model, batch)
         step_all([optimizer])
 
-    assert (average_by_hand(model, ema, step) < 1e-6) is outside
+    assert is_averaged(model, ema, step) is outside
 
 
 class Sharp(Parts):
@@ -343,7 +345,7 @@ class Sharp(Parts):
 
 def test_sam_around_it_trains_bit_equal_and_averages_its_second_steps():
     run = Sharp(averaged)
-    assert average_by_hand(run.model, run.optimizers[0], run.step) < 1e-6
+    assert is_averaged(run.model, run.optimizers[0], run.step)
     assert same(weights(run), weights(Sharp(plain).train()))
 
 
@@ -394,10 +396,9 @@ def test_methods_of_the_inner_alone_say_that_step_averages():
 def test_a_model_average_stands_beside_an_optimizer_of_other_names():
     run = Sharp(plain)
     ema = EMAModel(run.model, DECAY)
-    step = lambda batch: (run.step(batch), ema.update())  # noqa: E731
     reference = Reference(run.model.parameters(), DECAY)
     for batch in batches():
-        step(batch)
+        run.step(batch)
+        ema.update()
         reference.update()
-    for found, expected in zip(ema.get_ema_state().values(), reference.emas, strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
+    assert near(ema.get_ema_state().values(), reference.emas)

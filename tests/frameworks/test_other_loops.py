@@ -1,7 +1,7 @@
 """ignite, fastai, skorch and mmengine, each with its own loop, evaluation and checkpoints."""
 
 import pytest
-from other_loops import EMAAdamW, LOOPS, needs, quiet
+from other_loops import LOOPS, EMAAdamW, needs, quiet
 from reference import same
 from torch.optim import AdamW
 from trainers import close, weights

@@ -1,7 +1,6 @@
 """TRL's trainers with ``EMACallback``: nothing else is told to them."""
 
 import pytest
-import torch
 from other_loops import needs, quiet
 from reference import same
 from tokenizers import Tokenizer, models, pre_tokenizers
