@@ -46,8 +46,8 @@ class ForwardingOptimizer(Optimizer):
                 remedy = f": the inner optimizer has it, use .inner.{name}"
                 if callable(getattr(inner, name)):
                     remedy += (
-                        ". Only step() averages: an optimizer that is stepped by other names takes "
-                        "EMAOptimizer.for_class(...) as its base, or an EMAModel stands beside it"
+                        ". Only step() and update() average: an optimizer that is stepped by other "
+                        "names takes EMAOptimizer.for_class(...) as its base, or EMAModel is used"
                     )
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{remedy}")
 

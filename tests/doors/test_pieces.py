@@ -349,13 +349,27 @@ def test_sam_around_it_trains_bit_equal_and_averages_its_second_steps():
     assert same(weights(run), weights(Sharp(plain).train()))
 
 
-def test_sam_with_a_closure_may_stand_inside():
+def stepped_by_a_closure(optimizer, model, batch):
+    def closure():
+        optimizer.zero_grad()
+        backward(model, batch)
+
+    closure()
+    optimizer.step(closure)
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("closures", [STEPS, 1])
+def test_sam_inside_takes_a_closure_or_after_its_first_step_an_update(closures):
     model = net()
     optimizer = averaged(peer("SAM")(model.parameters(), AdamW, lr=0.05))
-    for batch in batches():
-        closure = lambda: (optimizer.zero_grad(), backward(model, batch))  # noqa: B023, E731
-        closure()
-        optimizer.step(closure)
+    for batch in batches(0, closures):
+        stepped_by_a_closure(optimizer, model, batch)
+    for batch in batches(closures, STEPS):
+        for step in (optimizer.inner.first_step, optimizer.inner.second_step):
+            backward(model, batch)
+            step(zero_grad=True)
+        optimizer.update()
     run = Sharp(averaged).train()
     assert same(optimizer.get_ema_state(model), emas(run))
     assert same(list(model.parameters()), list(run.model.parameters()))
@@ -382,7 +396,7 @@ def test_sams_own_checkpoint_is_read_and_holds_the_ema():
 def test_methods_of_the_inner_alone_say_that_step_averages():
     run = Sharp(plain)
     optimizer = averaged(peer("SAM")(run.model.parameters(), AdamW, lr=0.05))
-    with pytest.raises(AttributeError, match=r"use \.inner\.first_step\. Only step\(\) averages"):
+    with pytest.raises(AttributeError, match=r"use \.inner\.first_step\. Only step\(\) and update"):
         optimizer.first_step()
     run.sam = optimizer.inner
     run.train()
