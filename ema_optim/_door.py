@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ._forwarding import ForwardingOptimizer
 from ._shadow import names, pending, report, swap, teacher
+from ._shadow.choice import Choice, choose, in_place, read_from
 from ._shadow.compiled import CompiledStep
 from ._shadow.shadow_set import ShadowSet
-from .schedules import Decay
+from ._shadow.windows import Decays
 
 
 class Door:
@@ -19,28 +20,34 @@ class Door:
     _ema: ShadowSet
 
     @property
-    def decay(self) -> Decay:
-        """The decay, as given at construction: a float or a schedule."""
-        return self._ema.decay
+    def decay(self) -> Decays:
+        """The decay, as given at construction: a float, a schedule, or several by name."""
+        return self._ema.decays
 
     @property
     def swapped(self) -> bool:
         """Whether the EMA weights are in the parameters now."""
         return bool(self._ema.swapped)
 
-    def apply_ema(self) -> None:
+    def apply_ema(self, *, decay: Choice = None, max_error: float = 0.05) -> None:
         """Make the EMA weights the training weights, one way (the EMA stays as it is).
 
         Inside a swap nothing is swapped back then.
 
+        Args:
+            decay: Which average, as for ``swap_ema_weights``.
+            max_error: The limit of its told error.
+
         Raises:
             RuntimeError: Another object has its EMA weights in the parameters.
+            ValueError: There is no such average.
         """
         swap.get_ready(self._ema)
         self._look()
         swap.refuse_others(self._ema, "apply_ema()")
-        report.warn_export(self._ema)
-        swap.apply(self._ema)
+        shown = choose(self._ema, decay, max_error)
+        report.warn_export(*read_from(self._ema, shown))
+        swap.apply(self._ema, shown)
 
     def ema_metrics(self) -> dict[str, float]:
         """The health of the EMA, for a logger.
@@ -52,7 +59,8 @@ class Door:
             (``||ema - weights|| / ||weights||`` with the training weights; NaN or infinite when
             what is read of either is). Of a tensor of more than 65,536 elements a 16th is read,
             another one after every step: a fraction of a step's time. Where the weights are spread
-            over ranks every rank calls it: two numbers are summed up.
+            over ranks every rank calls it: two numbers are summed up. Of further windows the same,
+            ``ema_decay/NAME`` and so on; they have the updates in common.
         """
         swap.recover(self._ema)
         self._look()
@@ -66,7 +74,13 @@ class NamedDoor(Door):
     """A door that is handed the model for the names of its parameters."""
 
     def get_ema_state(
-        self, model: nn.Module, *, device: torch.device | str | None = None, copy: bool = True
+        self,
+        model: nn.Module,
+        *,
+        decay: Choice = None,
+        max_error: float = 0.05,
+        device: torch.device | str | None = None,
+        copy: bool = True,
     ) -> dict[str, Tensor]:
         """The EMA weights by parameter name, without touching the live weights.
 
@@ -76,6 +90,8 @@ class NamedDoor(Door):
         Args:
             model: The model that owns the parameters. Wrapped by ``torch.compile`` or a
                 data-parallel class, in whole or in parts, the names are still the bare model's.
+            decay: Which average, as for ``swap_ema_weights``.
+            max_error: The limit of its told error.
             device: Where the copies are to be, moved one by one (default: where the EMA is).
             copy: False hands out the EMA tensors themselves, to be read until the next swap or
                 load: a live teacher, ``torch.func.functional_call(model, state, (x,))`` (which in
@@ -86,18 +102,19 @@ class NamedDoor(Door):
             parameter of this optimizer; of a DTensor a DTensor, without communication.
 
         Raises:
-            ValueError: The model has no parameter of this optimizer.
+            ValueError: The model has no parameter of this optimizer, or there is no such average.
             RuntimeError: ``copy=False`` while the EMA weights are swapped in, or of an EMA in a
                 narrow storage format, of sharded or quantized weights, or on another device.
         """
+        shown = choose(self._ema, decay, max_error)
         if not copy:
             swap.get_ready(self._ema)
             swap.refuse_swapped(self._ema, "get_ema_state(copy=False)")
-            return teacher.live_state(self._ema, model, device)
+            return teacher.live_state(in_place(self._ema, shown), model, device)
         swap.recover(self._ema)
         pending.check_model(self._ema)  # what the EMA is of may be in the model's file
-        report.warn_export(self._ema)
-        return names.ema_state(self._ema, model, device)
+        report.warn_export(*read_from(self._ema, shown))
+        return names.ema_state(self._ema, model, device, None if shown is None else shown.value)
 
     def load_ema_state(
         self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
@@ -168,6 +185,6 @@ class InnerDoor(NamedDoor, ForwardingOptimizer):
         """Settings, whether swapped, and the inner optimizer."""
         ema = self._ema
         return (
-            f"{type(self).__name__} (decay={ema.decay}, update_every={ema.update_every}, "
+            f"{type(self).__name__} (decay={ema.decays}, update_every={ema.update_every}, "
             f"update_after_step={ema.update_after_step}, swapped={self.swapped})\n{self.inner!r}"
         )

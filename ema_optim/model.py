@@ -13,13 +13,14 @@ from ._engines import adapters
 from ._shadow import elsewhere, mistakes, names, report, swap, teacher
 from ._shadow.blocks import as_block
 from ._shadow.buffers import HeldBuffers, Wanted
+from ._shadow.choice import Choice, choose, in_place, read_from
 from ._shadow.model_groups import ModelGroups
 from ._shadow.movement import Movement
 from ._shadow.options import warn_of_tau
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
 from ._shadow.swap_state import Mode
-from .schedules import Decay
+from ._shadow.windows import Decays
 
 
 class EMAModel(Door):
@@ -37,7 +38,7 @@ class EMAModel(Door):
         model: The model in training; not copied. Weights loaded into it after construction need
             ``reset()``.
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], or a schedule
-            ``update number (1-based) -> decay``.
+            ``update number (1-based) -> decay``. Several by name as for ``EMAOptimizer``.
         use_buffers: Which buffers are averaged. Default False: none. True: ``running_mean`` and
             ``running_var`` of torch's norm classes and their subclasses. A list of names (shell
             patterns, ``["*.expert_bias"]``): these. A buffer that is named has to be of floats and
@@ -74,7 +75,7 @@ class EMAModel(Door):
     def __init__(
         self,
         model: nn.Module,
-        decay: Decay = 0.999,
+        decay: Decays = 0.999,
         *,
         use_buffers: Wanted = False,
         update_every: int = 1,
@@ -161,7 +162,9 @@ class EMAModel(Door):
             )
 
     @as_block
-    def use_ema(self, enabled: bool = True) -> Iterator[None]:
+    def use_ema(
+        self, enabled: bool = True, *, decay: Choice = None, max_error: float = 0.05
+    ) -> Iterator[None]:
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
         Whatever the block does to buffers is undone when it ends, averaged ones included.
@@ -175,8 +178,11 @@ class EMAModel(Door):
 
         Args:
             enabled: False makes the block an ordinary one.
+            decay: Which average, as for ``EMAOptimizer.swap_ema_weights``.
+            max_error: The limit of its told error.
 
         Raises:
+            ValueError: There is no such average.
             RuntimeError: Inside ``use_ema()``. With merged LoRA adapters, and at the end of a block
                 that has left them merged (they are unmerged then). At the end, where another object
                 has swapped since and not yet back.
@@ -187,7 +193,8 @@ class EMAModel(Door):
         self._refuse_in_block("use_ema()")
         adapters.refuse_merged(self.model)
         self._look()
-        with swap.block(self._ema, "use_ema()", self.model):
+        shown = choose(self._ema, decay, max_error)
+        with swap.block(self._ema, "use_ema()", self.model, shown):
             held = HeldBuffers(self.model)
             try:
                 yield
@@ -202,11 +209,18 @@ class EMAModel(Door):
     swap_ema_weights = use_ema
 
     def get_ema_state(
-        self, *, device: torch.device | str | None = None, copy: bool = True
+        self,
+        *,
+        decay: Choice = None,
+        max_error: float = 0.05,
+        device: torch.device | str | None = None,
+        copy: bool = True,
     ) -> dict[str, Tensor]:
         """The EMA weights by name, without touching the model; right at any time.
 
         Args:
+            decay: Which average, as for ``EMAOptimizer.swap_ema_weights``.
+            max_error: The limit of its told error.
             device: Where the copies are to be; they are moved one by one.
             copy: As ``EMAOptimizer.get_ema_state`` takes it.
 
@@ -218,10 +232,12 @@ class EMAModel(Door):
             self._refuse_in_block("get_ema_state(copy=False)")
         swap.recover(self._ema)
         self._look()
+        shown = choose(self._ema, decay, max_error)
         if not copy:
-            return teacher.live_state(self._ema, self.model, device)
-        report.warn_export(self._ema)
-        return names.ema_state(self._ema, self.model, device)
+            return teacher.live_state(in_place(self._ema, shown), self.model, device)
+        report.warn_export(*read_from(self._ema, shown))
+        value_of = None if shown is None else shown.value
+        return names.ema_state(self._ema, self.model, device, value_of)
 
     def load_ema_state(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         """Make ``state`` the EMA, without touching the model; the next update averages into it.
@@ -283,7 +299,7 @@ class EMAModel(Door):
         """Settings, whether swapped, and what model it is of."""
         ema, count = self._ema, sum(map(Tensor.numel, self._ema.members()))
         return (
-            f"EMAModel (decay={ema.decay}, update_every={ema.update_every}, "
+            f"EMAModel (decay={ema.decays}, update_every={ema.update_every}, "
             f"update_after_step={ema.update_after_step}, use_buffers={self.use_buffers}, "
             f"swapped={self.swapped}) of {type(self.model).__name__}, {count:,} averaged numbers"
         )

@@ -22,11 +22,12 @@ from ._door import InnerDoor
 from ._forwarding import call_if_there, forwarding_class, inner_step
 from ._shadow import elsewhere, swap
 from ._shadow.blocks import as_block
+from ._shadow.choice import Choice, choose
 from ._shadow.options import check_groups, check_new_group, check_wrappable, warn_of_tau
 from ._shadow.shadow_set import ShadowSet
 from ._shadow.slots import Group
 from ._shadow.swap_state import Mode
-from .schedules import Decay
+from ._shadow.windows import Decays
 
 
 class EMAOptimizer(InnerDoor):
@@ -44,7 +45,10 @@ class EMAOptimizer(InnerDoor):
         optimizer: The inner optimizer, built as usual; used through this wrapper from now on.
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], or a schedule
             ``update number (1-based) -> decay``. 0.999 averages over about 1,000 steps. A float is
-            that float from the first update on: there is no hidden warm-up.
+            that float from the first update on: there is no hidden warm-up. Several by name,
+            ``{"short": power_decay(0.05), "long": power_decay(0.20)}``, keep one average each: the
+            first is the EMA, the others are read with ``decay="long"``, and any window between
+            them with ``decay=power_decay(0.12)``.
         update_every: Optimizer steps between two updates; the update then applies
             ``decay ** update_every``, so that the window stays the same. Default 1: the exact EMA.
         update_after_step: Optimizer steps until averaging begins (default 0); until then the EMA is
@@ -77,7 +81,7 @@ class EMAOptimizer(InnerDoor):
     def __init__(
         self,
         optimizer: Optimizer,
-        decay: Decay = 0.999,
+        decay: Decays = 0.999,
         *,
         update_every: int = 1,
         update_after_step: int = 0,
@@ -168,7 +172,9 @@ class EMAOptimizer(InnerDoor):
         elsewhere.count_step(self._ema)
 
     @as_block
-    def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
+    def swap_ema_weights(
+        self, enabled: bool = True, *, decay: Choice = None, max_error: float = 0.05
+    ) -> Iterator[None]:
         """Exchange training weights and EMA weights for a block, and back, also on an exception.
 
         Addresses stay, so compiled models, CUDA graphs and tied weights stay valid. Extra memory
@@ -183,16 +189,24 @@ class EMAOptimizer(InnerDoor):
 
         Args:
             enabled: False makes the block an ordinary one.
+            decay: Which average: the name of a window, or a decay for one that is combined from
+                the windows there are; default None, the first. Another than the first takes one
+                copy of the training weights, and ``state_dict()`` raises inside.
+            max_error: The limit of the error of a combination, which is told in advance: its
+                expected distance from that average over that of the average from the weights.
 
         Raises:
             RuntimeError: The EMA weights are swapped in already; or at the end, where another
                 object has swapped since and not yet back.
+            ValueError: There is no such window, the told error is above its limit, or a decay was
+                changed on a resume, so that nothing can be combined.
         """
         if not enabled:
             yield
             return
         swap.get_ready(self._ema)
-        with swap.block(self._ema, "swap_ema_weights()", self._ema.module):
+        shown = choose(self._ema, decay, max_error)
+        with swap.block(self._ema, "swap_ema_weights()", self._ema.module, shown):
             yield
 
     use_ema = swap_ema_weights
@@ -228,6 +242,7 @@ class EMAOptimizer(InnerDoor):
         ValueError or TypeError, and nothing is added.
         """
         check_new_group(param_group)
+        self._ema.refuse_own_decays([param_group])
         self.inner.add_param_group(param_group)
         self._ema.note_given([layout.options_of(self.param_groups[-1])])
         self._ema.mark()

@@ -1,6 +1,7 @@
 """What a checkpoint holds: the inner optimizer's dict with the EMA merged into it.
 
     state[i]        ... the inner's entries, "ema", "ema_step" [, "ema_low"] [, "ema_weights"]
+                    [, "ema:NAME" [, "ema:NAME:low"] of further windows, see ``windows``]
     param_groups[g] ... the inner's options, "ema_step", "ema_swapped", "ema_format" [, "ema_decay"]
 
 The keys are the same at any moment: distributed checkpoints load only what a template of the same
@@ -11,7 +12,8 @@ training weights; where the training weights are parked, "ema" stays the EMA, an
 their own class, which ``torch.load(weights_only=True)`` must be allowed as for the model's file.
 
 ``ema_swapped`` is False, or a text that is not empty; the text of ``ema_format`` says which
-parameters have no EMA, and what the model held (see ``notes``). Of older files both are not known.
+parameters have no EMA, what the model held, and by which decay (see ``notes``). Of older files
+these are not known.
 
 The dicts of inner optimizers that have another form are nested, see ``nested``.
 """
@@ -30,6 +32,7 @@ from .._shadow.report import warn_skipped
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Group
 from .._warnings import warn
+from . import windows
 from .notes import Notes
 
 StateDict = dict[str, Any]
@@ -51,7 +54,8 @@ def saved_marks(
         found = {format: format_name(dtype) for dtype, format in FORMATS.items()}
         formats = [found[s.format] for s in followed.values() if s.format in found]
         name = formats[0] if formats else "default"
-    notes = Notes(name, without, model_fingerprint(shadow, index, followed))
+    model = model_fingerprint(shadow, index, followed)
+    notes = Notes(name, without, model, shadow.law_text())
     return {**live, "ema_format": notes.text()}
 
 
@@ -66,7 +70,7 @@ def slot_entries(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
         entries["ema_low"] = slot.low
     if slot.parked is not None or shadow.parks(param, slot):
         entries["ema_weights"] = shadow.weights_of(param)
-    return entries
+    return {**entries, **windows.entries_of(shadow, param)} if shadow.others else entries
 
 
 def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
@@ -74,6 +78,11 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
 
     That of a model is never written while swapped, and needs no room for the training weights.
     """
+    if shadow.swap.shows_other:
+        raise RuntimeError(
+            "state_dict() while another average than the first window is in the parameters: leave "
+            "the block of swap_ema_weights(decay=...) first"
+        )
     groups = shadow.groups
     warn_skipped(shadow)
     shadow.look_at_memory()
@@ -98,7 +107,7 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
             state[key] = {**state.get(key, {}), **entries}
     pairs = list(zip(groups, packed["param_groups"], strict=True))
     if not shadow.sees_steps:
-        marked = [{**saved, **shadow.marks(group)} for group, saved in pairs]
+        marked = [{**saved, **_model_marks(shadow, group)} for group, saved in pairs]
         return {**packed, "state": state, "param_groups": marked}
     unique: list[list[Tensor]] = [[] for _ in groups]
     for pair in found:
@@ -110,20 +119,30 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
     return {**packed, "state": state, "param_groups": marked}
 
 
+def _model_marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
+    marks = shadow.marks(group)
+    return {**marks, "ema_format": Notes(marks["ema_format"], law=shadow.law_text()).text()}
+
+
+def is_ours(key: object) -> bool:
+    """Whether a key of a parameter's state is the EMA's."""
+    return key in STATE_KEYS or windows.is_window(key)
+
+
 def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict]]:
     """Part a checkpoint into the inner optimizer's dict and the EMA's entries by packed key."""
     rest: dict[Any, Any] = {}
     ours: dict[Any, StateDict] = {}
     for key, values in state_dict["state"].items():
-        if not isinstance(values, dict) or not any(k in STATE_KEYS for k in values):
+        if not isinstance(values, dict) or not any(map(is_ours, values)):
             rest[key] = values
             continue
         # A partial distributed load fills entries that the checkpoint lacks with an empty dict.
         ours[key] = {
-            k: v for k, v in values.items() if k in STATE_KEYS and (not isinstance(v, dict) or v)
+            k: v for k, v in values.items() if is_ours(k) and (not isinstance(v, dict) or v)
         }
         # An entry of the EMA alone would look initialised to the inner optimizer, and is not.
-        if inner := {k: v for k, v in values.items() if k not in STATE_KEYS}:
+        if inner := {k: v for k, v in values.items() if not is_ours(k)}:
             rest[key] = inner
     groups = [
         {k: v for k, v in group.items() if k not in GROUP_MARKS}
@@ -171,7 +190,9 @@ def _refuse_taken(entry: object, name: str) -> None:
 
 
 def _taken(entry: object) -> list[str]:
-    return [key for key in STATE_KEYS if key in entry] if isinstance(entry, dict) else []
+    if not isinstance(entry, dict):
+        return []
+    return [key for key in STATE_KEYS if key in entry] + list(filter(windows.is_window, entry))
 
 
 class Pair(NamedTuple):

@@ -8,6 +8,7 @@ keep it from loading. The parts:
 
     without   positions in the group of the parameters that have no EMA, or "none"
     model     a fingerprint of what the model held of those that have one
+    law       the decays of all windows, see ``windows``
 
 A file without parts is an older one, of which neither is known.
 """
@@ -23,6 +24,7 @@ class Notes:
     format: str | None = None
     without: frozenset[int] | None = None
     model: str | None = None
+    law: str | None = None
 
     def text(self) -> str:
         """What is written into a checkpoint."""
@@ -31,6 +33,8 @@ class Notes:
             parts.append(f"without={_ranges(self.without) or 'none'}")
         if self.model:
             parts.append(f"model={self.model}")
+        if self.law:
+            parts.append(f"law={self.law}")
         return "; ".join(parts)
 
 
@@ -49,7 +53,7 @@ def parse(value: object, label: str) -> Notes:
         raise ValueError(
             f"ema_format of {label} must list positions like 0,3-7, got {value!r}: it is damaged"
         ) from None
-    return Notes(format, listed, known.get("model"))
+    return Notes(format, listed, known.get("model"), known.get("law"))
 
 
 def _ranges(positions: Iterable[int]) -> str:

@@ -1,7 +1,7 @@
 """Reading the EMA out of a checkpoint: everything is checked before anything changes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Group, Parts, Slot
 from .layout import Pair, StateDict, options_of, packed_pairs, split
 from .notes import Notes, parse
+from .windows import AS_EVER, Difference, compare, part_of
 
 
 @dataclass(eq=False)
@@ -31,6 +32,8 @@ class Loaded:
             placeholder was saved it equals the weights, and nothing changes.
         cold: Whether the checkpoint is of a trained optimizer but holds no average.
         held: What the model held then, as far as the checkpoint tells.
+        further: The slots of the further windows, by name.
+        difference: What the checkpoint says of its windows otherwise than this run.
     """
 
     slots: dict[Tensor, Slot]
@@ -38,10 +41,16 @@ class Loaded:
     swapped: bool = False
     cold: bool = False
     held: Held | None = None
+    further: Mapping[str, dict[Tensor, Slot]] = field(default_factory=dict)
+    difference: Difference = AS_EVER
 
     def install(self, shadow: ShadowSet, notes: Mapping[str, Any] | None = None) -> None:
         """Replace the shadow set's EMA; what was swapped in before is forgotten."""
-        shadow.load(self.slots, self.step, self.swapped, self.held, notes)
+        law_changed = self.difference.law_changed
+        shadow.load(
+            self.slots, self.step, self.swapped, self.held, notes, self.further, law_changed
+        )
+        self.difference.tell()
 
 
 def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
@@ -53,6 +62,7 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
     """
     check_form(state_dict)
     groups, saved = shadow.groups, state_dict["param_groups"]
+    shadow.refuse_own_decays(saved)
     notes = _check_groups(groups, saved)
     pairs = packed_pairs(groups, saved)
     _check_states(groups, pairs, state_dict["state"])
@@ -72,10 +82,16 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
         # Nothing was averaged. A clock without averages would only be that of disabled groups.
         cold = bool(missing or entries)
         return Loaded({}, 0 if cold else _clock(state_dict, entries), cold=cold)
+    difference = compare(shadow, notes, ours.values())
     step = _clock(state_dict, entries)
     with no_autograd():
         slots = {entry.param: entry.slot(shadow, step, swapped) for entry in entries}
-    return Loaded(slots, step, swapped, held=held(_texts(pairs, slots, notes)))
+        further = {
+            name: {entry.param: entry.of(name).slot(other, step, swapped) for entry in entries}
+            for name, other in shadow.others.items()
+        }
+    texts = _texts(pairs, slots, notes)
+    return Loaded(slots, step, swapped, False, held(texts), further, difference)
 
 
 def keep_options(shadow: ShadowSet, before: Sequence[Group], saved: Sequence[Group]) -> None:
@@ -125,6 +141,8 @@ class _Saved(NamedTuple):
 class _Entry:
     """The EMA of one parameter as a checkpoint has it, checked."""
 
+    is_first = True  # of the windows
+
     def __init__(self, param: Tensor, saved: StateDict, group: _Saved, label: str) -> None:
         for key in ("ema", "ema_step"):
             if key not in saved:
@@ -137,6 +155,13 @@ class _Entry:
         _check_format(saved, group.format, label)
         self.count = _count(saved["ema_step"], label)
         self.param, self.saved, self.group, self.label = param, saved, group, label
+
+    def of(self, window: str) -> "_Entry":
+        """That of a further window."""
+        saved = part_of(self.saved, window, self.label)
+        entry = _Entry(self.param, saved, self.group, f"{self.label} ({window})")
+        entry.is_first = False
+        return entry
 
     def slot(self, shadow: ShadowSet, step: int, swapped: bool) -> Slot:
         step = step if self.group.clock is None else self.group.clock
@@ -163,7 +188,7 @@ class _Entry:
         format = format_of(main.dtype, None if low is None else low.dtype)
         kept = self.saved.get("ema_weights")
         slot = Slot.of(param, parts, format, None if kept is None else copy_like(param, kept))
-        if slot.parked is None and shadow.parks(param, slot):
+        if self.is_first and slot.parked is None and shadow.parks(param, slot):
             raise ValueError(
                 f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "
                 "none: load it into a model like the one it was saved from, call train() and save "

@@ -17,7 +17,8 @@ from .._shadow.holdings import no_autograd
 from .._shadow.options import check_low, check_tensor
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Slot
-from .layout import STATE_KEYS, slot_entries
+from .layout import is_ours, slot_entries
+from .windows import by_window, is_window
 
 
 class ParamState(MutableMapping[str, Any]):
@@ -51,12 +52,12 @@ class ParamState(MutableMapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if self._kept is not None:
             return self._kept[key]
-        return (self._ours() if key in STATE_KEYS else self._rest())[key]
+        return (self._ours() if is_ours(key) else self._rest())[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if self._kept is not None:
             self._kept[key] = value
-        elif key in STATE_KEYS:
+        elif is_ours(key):
             _refuse_shape(key, value, self._param)
             _write(self._shadow, self._param, {key: value})
         else:
@@ -67,7 +68,7 @@ class ParamState(MutableMapping[str, Any]):
             raise KeyError(key)
         if self._kept is not None:
             del self._kept[key]
-        elif key in STATE_KEYS:
+        elif is_ours(key):
             self._shadow.remove(self._param)
         else:
             del self._inner[self._param][key]
@@ -111,7 +112,7 @@ class StateView(MutableMapping[Any, Any]):
             self._optimizer.state[key] = value
             return
         entries = value.entries() if isinstance(value, ParamState) else dict(value)
-        ours = {k: entries.pop(k) for k in STATE_KEYS if k in entries}
+        ours = {k: entries.pop(k) for k in list(filter(is_ours, entries))}
         if "ema" in ours and getattr(ours["ema"], "shape", None) != key.shape:
             self._shadow.warn_of_shape(key)
             ours = {}
@@ -175,6 +176,10 @@ def _refuse_shape(key: str, value: Any, param: Tensor) -> None:
 
 def _write(shadow: ShadowSet, param: Tensor, entries: Mapping[str, Any]) -> None:
     """Take what an engine assigns, under our own policy of dtype and device."""
+    for name, theirs in by_window(entries).items():
+        if name in shadow.others:  # else of a run with more windows
+            _write(shadow.others[name], param, theirs)
+    entries = {key: value for key, value in entries.items() if not is_window(key)}
     if "ema" in entries:
         check_tensor("ema", entries["ema"], param)
     if "ema_low" in entries:
@@ -201,7 +206,9 @@ def _set_low(shadow: ShadowSet, param: Tensor, slot: Slot, value: Tensor) -> Non
 
 
 def _set_step(shadow: ShadowSet, param: Tensor, slot: Slot, value: Any) -> None:
-    shadow.set_ema_step(slot, int(value))
+    for window in shadow.windows.values():
+        if (kept := window.find(param)) is not None:
+            window.set_ema_step(kept, int(value))
 
 
 def _set_parked(shadow: ShadowSet, param: Tensor, slot: Slot, value: Tensor) -> None:

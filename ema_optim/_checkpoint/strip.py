@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .carry import uncarry
-from .layout import GROUP_MARKS, GROUP_OPTIONS, STATE_KEYS, split
+from .layout import GROUP_MARKS, GROUP_OPTIONS, is_ours, split
 from .nested import is_nested
 
 _FLAT = ("state.", "param_groups.")
@@ -51,8 +51,8 @@ def strip_ema_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_ours(key: str) -> bool:
     kind, _, rest = key.partition(".")
-    ours = STATE_KEYS if kind == "state" else GROUP_OPTIONS + GROUP_MARKS
-    return rest.rpartition(".")[2] in ours
+    name = rest.rpartition(".")[2]
+    return is_ours(name) if kind == "state" else name in GROUP_OPTIONS + GROUP_MARKS
 
 
 def _refuse_swapped(swapped: bool) -> None:

@@ -67,9 +67,9 @@ class CompiledStep:
         return self._warn("step() was given more than a closure" if any(more) else "")
 
     def step(self, inner: Optimizer, lane: Lane | None, closure: Closure) -> Any:
-        """Step, and make those updates of the lane's plan that fit into the same graph.
+        """Step, and make those updates of the lane's windows that fit into the same graph.
 
-        Those that remain to be made stay in the plan.
+        Those that remain to be made stay in the plans.
         """
         if self._failed or self._warn(_obstacle(inner, closure)):
             return inner.step() if closure is None else inner.step(closure)
@@ -83,7 +83,8 @@ class CompiledStep:
     def _step_on_grads(self, inner: Optimizer, lane: Lane | None) -> Any:
         if not self._is_ready(inner):
             return inner.step()
-        plan = [] if lane is None else lane.plan
+        lanes = [] if lane is None else lane.all_windows()
+        plan = [item for each in lanes for item in each.plan]
         fitting = [(bucket, factor) for bucket, factor in plan if _fits(bucket, factor)]
         try:
             result = self._run(inner, fitting)
@@ -93,9 +94,9 @@ class CompiledStep:
             return inner.step()
         for bucket, factor in fitting:
             bucket.counter.share *= factor
-        if lane is not None:
-            done = {id(bucket) for bucket, _ in fitting}
-            lane.plan = [item for item in plan if id(item[0]) not in done]
+        done = {id(bucket) for bucket, _ in fitting}
+        for each in lanes:
+            each.plan = [item for item in each.plan if id(item[0]) not in done]
         return result
 
     def _run(self, inner: Optimizer, updates: Plan) -> Any:

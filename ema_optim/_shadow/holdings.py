@@ -131,7 +131,7 @@ class Holdings(Settings):
         """The EMA weights of a parameter, wherever they are now; the weights before averaging."""
         slot = self.find(param)
         if slot is None or not slot.age:
-            return dense(param.detach())
+            return dense(self.weights_of(param))
         return value_of(self._main_of(param, slot), slot.low)
 
     def main_of(self, param: Tensor) -> Tensor:
@@ -142,7 +142,8 @@ class Holdings(Settings):
         return self._main_of(param, slot)
 
     def _main_of(self, param: Tensor, slot: Slot) -> Tensor:
-        exchanged = param in self.swapped and slot.parked is None
+        # The state of the swap is in common with further windows, whose slots stay as they are.
+        exchanged = self.swapped.get(param) is slot and slot.parked is None
         return param.detach() if exchanged else slot.ema
 
     def weights_of(self, param: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Lane:
         clocks: For each group the counter of its clock; None for a group without an EMA.
         used: The number of the step that has used it last, over all lanes.
         plan: The updates that the step under way will make, with their factors.
+        others: The shadow sets of further windows with their lanes, which count by
+            themselves.
     """
 
     groups: list[Group]
@@ -45,6 +47,7 @@ class Lane:
     clocks: list[Counter | None]
     used: int = 0
     plan: list[tuple[Bucket, float]] = field(default_factory=list)
+    others: list[tuple[Any, "Lane"]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -78,6 +81,10 @@ class Lane:
         """Write the clocks into the groups; those without an EMA show the largest one."""
         for group, clock in zip(self.groups, self.clocks, strict=True):
             group["ema_step"] = step if clock is None else clock.steps
+
+    def all_windows(self) -> list["Lane"]:
+        """This lane and those of further windows."""
+        return [self, *(lane for _, lane in self.others)]
 
     def fits(self, groups: Sequence[Group]) -> bool:
         """Whether the buckets are still those of the groups."""

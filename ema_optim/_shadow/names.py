@@ -1,6 +1,6 @@
 """EMA weights by parameter name: what ``get_ema_state`` and ``load_ema_state`` exchange."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,12 +50,23 @@ def group_names(groups: Sequence[Group], model: nn.Module) -> list[list[str]]:
 
 
 def ema_state(
-    shadow: ShadowSet, model: nn.Module, device: torch.device | str | None = None
+    shadow: ShadowSet,
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    value_of: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
+    """Fresh copies of the EMA weights, one entry for each unique tensor of the model.
+
+    Args:
+        shadow: The shadow set.
+        model: Who owns the parameters.
+        device: Where the copies are to be.
+        value_of: Gives what is wanted of a parameter; None for its EMA.
+    """
+    value_of = shadow.ema_of if value_of is None else value_of
     with no_autograd():  # one after the other: a device need not hold all of them
         return {
-            name: _whole(shadow, tensor).to(device)
+            name: _whole(shadow, tensor, value_of).to(device)
             for tensor, name in unique_members(shadow, model).items()
         }
 
@@ -98,6 +109,7 @@ def load_ema_state(
     shadow.held = None  # an EMA of another source says nothing of the model's file
     shadow.slots.update(slots)
     shadow.step = max(shadow.step, shadow.update_after_step + 1)
+    shadow.note_loaded(slots)
 
 
 def by_model_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -110,8 +122,8 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**named_buffers(model), **named_parameters(model)}
 
 
-def _whole(shadow: ShadowSet, param: Tensor) -> Tensor:
-    return stored(param, shadow.ema_of(param), whole_format(param.dtype, shadow.dtype))[0]
+def _whole(shadow: ShadowSet, param: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
+    return stored(param, value_of(param), whole_format(param.dtype, shadow.dtype))[0]
 
 
 def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, options: Options) -> Slot:

@@ -1,6 +1,6 @@
 """What a user may set, and what is said of a value that is out of its range."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -80,6 +80,9 @@ def as_group_decay(decay: object) -> float:
 
 def warn_of_tau(decay: object) -> None:
     """Warn of a number that is more often the share of the new weights, or a typing error."""
+    if isinstance(decay, Mapping):
+        for window in decay.values():
+            warn_of_tau(window)
     if isinstance(decay, (int, float)) and 0 < decay < 0.5:
         warn(
             f"decay={decay:g} looks like tau, the share of new weights, or like a typing error: "
@@ -173,6 +176,8 @@ def check_low(what: str, low: object, param: Tensor) -> None:
 
 def same_option(one: object, other: object) -> bool:
     """Whether two values of a constructor argument are equal."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return list(one.items()) == list(other.items())  # the first window is the EMA
     return bool(one == other)
 
 

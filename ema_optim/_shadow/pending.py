@@ -85,12 +85,13 @@ def check_first_step(shadow: ShadowSet) -> None:
 def finish_formats(shadow: ShadowSet) -> None:
     """Bring an EMA that was exchanged in another format than this run's into that."""
     options = shadow.options_by_param()
-    for param, slot in shadow.all_slots().items():
-        wanted = ema_format(param.dtype, options.get(param, shadow.options).dtype)
-        if slot.format != wanted:
-            shadow.forget_lanes()
-            with no_autograd():
-                slot.convert(param, wanted)
+    for window in shadow.windows.values():
+        for param, slot in window.all_slots().items():
+            wanted = ema_format(param.dtype, options.get(param, shadow.options).dtype)
+            if slot.format != wanted:
+                window.forget_lanes()
+                with no_autograd():
+                    slot.convert(param, wanted)
 
 
 def _plain(params: Iterable[Tensor]) -> list[Tensor]:

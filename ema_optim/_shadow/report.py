@@ -24,14 +24,19 @@ _SHARE_LIMIT = 0.1
 def metrics(shadow: ShadowSet) -> dict[str, float]:
     """The health of the EMA as floats, ready for a logger."""
     warn_skipped(shadow)
-    params = shadow.members()
-    decay = shadow.decay_in_force()
+    told = {"ema_decay": 0.0, "ema_updates": float(updates_made(shadow)), **_health(shadow)}
+    for name, window in shadow.others.items():
+        told |= {f"{key}/{name}": value for key, value in _health(window).items()}
+    return told
+
+
+def _health(window: ShadowSet) -> dict[str, float]:
+    decay = window.decay_in_force()
     return {
         "ema_decay": decay,
-        "ema_updates": float(updates_made(shadow)),
         "ema_window": math.inf if decay == 1.0 else 1.0 / (1.0 - decay),
-        "ema_initial_share": max((s.share for s in shadow.counted().values()), default=1.0),
-        "ema_distance": _distance(shadow, params),
+        "ema_initial_share": max((s.share for s in window.counted().values()), default=1.0),
+        "ema_distance": _distance(window, window.members()),
     }
 
 
@@ -64,12 +69,13 @@ def updates_made(shadow: ShadowSet) -> int:
     return max(0, shadow.step - shadow.update_after_step) // shadow.update_every
 
 
-def warn_export(shadow: ShadowSet) -> None:
-    """Warn, where the EMA is about to be read, of one that is not worth reading."""
-    counted = shadow.counted()
-    warn_young(shadow, "export", counted)
-    warn_skipped(shadow)
-    warn_non_finite(shadow, counted)
+def warn_export(*windows: ShadowSet) -> None:
+    """Warn, where averages are about to be read, of one that is not worth reading."""
+    for window in windows:
+        counted = window.counted()
+        warn_young(window, "export", counted)
+        warn_skipped(window)
+        warn_non_finite(window, counted)
 
 
 def warn_skipped(shadow: ShadowSet) -> None:

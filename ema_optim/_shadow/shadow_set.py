@@ -9,6 +9,7 @@ to one with a ``__dict__`` of its own) and the optimizer itself can never disagr
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from .._arithmetic.formats import FORMATS
 from .._engines.replaced import kinds_of, refuse_replaced
 from .._engines.sharding import local, refuse_flat
 from ..schedules import decay_factor
-from .births import Births
 from .buckets import is_dry, make_buckets, params_of
 from .holdings import no_autograd
 from .lanes import Lane
@@ -30,12 +30,13 @@ from .options import (
 )
 from .reserved import ReservedKeys
 from .slots import Group, Slot, value_of
+from .windows import Windows
 
 
-class ShadowSet(Births):
+class ShadowSet(Windows):
     """The EMA of the parameters in the param groups of a source.
 
-    The arguments are those of ``Settings``.
+    The arguments are those of ``Settings``; ``decay`` may be several by name, see ``windows``.
     """
 
     def __init__(self, *settings: Any, **named: Any) -> None:
@@ -69,6 +70,8 @@ class ShadowSet(Births):
         self.keys.refuse()
         groups = self.groups
         lane = self._lane(groups)
+        # Before a dry step returns: a distributed checkpoint asks for what every window has.
+        others = [(other, other.begin_step(moved)) for other in self.others.values()]
         if self.sees_steps and not moved:
             for bucket in lane.buckets:
                 if bucket.counter.steps >= self.update_after_step and bucket.is_placeholder:
@@ -87,6 +90,8 @@ class ShadowSet(Births):
             for bucket in lane.buckets
             if (factor := bucket.factor(self.update_every, self.update_after_step)) is not None
         ]
+        if others:
+            lane.others = [(other, theirs) for other, theirs in others if theirs is not None]
         return lane
 
     def finish_step(self, lane: Lane | None, found_inf: Any = None) -> None:
@@ -98,6 +103,8 @@ class ShadowSet(Births):
         """
         if lane is None:
             return
+        for other, theirs in lane.others:
+            other.finish_step(theirs, found_inf)
         with no_autograd():
             if self.deferred.takes(lane, found_inf, self.update_every, self.update_after_step):
                 self.deferred.average(lane, found_inf)
@@ -136,6 +143,8 @@ class ShadowSet(Births):
         swapped: bool = False,
         held: Any = None,
         notes: Mapping[str, Any] | None = None,
+        windows: Mapping[str, dict[Tensor, Slot]] = MappingProxyType({}),
+        law_changed: bool = False,
     ) -> None:
         """Hold these slots alone; what was swapped in before is forgotten.
 
@@ -145,7 +154,10 @@ class ShadowSet(Births):
             swapped: Whether their EMA weights were in the model that they were saved with.
             held: What that model held, see ``pending``.
             notes: Of who has saved them, see ``take_notes``.
+            windows: The slots of the further windows, by name.
+            law_changed: Whether their law is not known.
         """
+        self.load_windows(windows, step, law_changed)
         self.forget_lanes()
         self.take(slots, swapped)
         self.step, self.held, self._notes = step, held, notes or {}
@@ -162,6 +174,8 @@ class ShadowSet(Births):
         refuse_flat(members)
         with no_autograd():
             self.slots = {param: self.new_slot(param, self.options) for param in members}
+        for other in self.others.values():
+            other.follow_members()
 
     def note_given(self, options: Iterable[Group]) -> None:
         """Remember what groups were given when they were wrapped or added: it outlives a load."""
@@ -220,6 +234,7 @@ class ShadowSet(Births):
         params = params_of(groups)
         for group in groups:
             check_options(group)
+        self.refuse_own_decays(groups)
         refuse_replaced(self._known, params)
         self.forget_memory()
         self._lanes.leave(groups)

@@ -25,14 +25,14 @@ from .._engines.quantized import dense
 from .._engines.sharding import holds_on_all_ranks, local, locals_of, reshard
 from ..schedules import decay_factor
 from . import pending, record, report
+from .choice import Shown, read_from
 from .holdings import no_autograd
 from .shadow_set import ShadowSet
-from .slots import read_
-from .swap_state import Mode, Move, Slots
+from .swap_state import Mode, Move, Slots, write_shown
 
 
 def block(
-    shadow: ShadowSet, what: str, model: nn.Module | None = None
+    shadow: ShadowSet, what: str, model: nn.Module | None = None, shown: Shown | None = None
 ) -> AbstractContextManager[None]:
     """Have the EMA weights in the parameters for a block, and the training weights after it.
 
@@ -40,8 +40,9 @@ def block(
         shadow: The shadow set.
         what: The public call, for an error.
         model: The model that owns the parameters, if known: not to be loaded into meanwhile.
+        shown: The average that is put in where it is not the first window.
     """
-    return _Block(_block, (shadow, what, model), {})
+    return _Block(_block, (shadow, what, model, shown), {})
 
 
 class _Block(_GeneratorContextManager[None]):
@@ -52,7 +53,9 @@ class _Block(_GeneratorContextManager[None]):
         super().__enter__()
 
 
-def _block(shadow: ShadowSet, what: str, model: nn.Module | None) -> Generator[None, None, None]:
+def _block(
+    shadow: ShadowSet, what: str, model: nn.Module | None, shown: Shown | None
+) -> Generator[None, None, None]:
     state, entered = shadow.swap, False
     hooks: list[Any] = []
     try:
@@ -60,7 +63,7 @@ def _block(shadow: ShadowSet, what: str, model: nn.Module | None) -> Generator[N
             refuse_swapped(shadow, what)
             # The mode first, on both sides: an interrupt may come between any two calls.
             entered, state.mode = True, Mode.BLOCK
-            put_in(shadow)
+            put_in(shadow, shown)
         modules = model.modules() if model is not None and state.swapped else ()
         # A scripted module has no such hooks.
         for module in (m for m in modules if not isinstance(m, torch.jit.ScriptModule)):
@@ -87,18 +90,19 @@ def enter_eval(shadow: ShadowSet) -> None:
                 state.mode = Mode.TRAIN
 
 
-def put_in(shadow: ShadowSet) -> None:
+def put_in(shadow: ShadowSet, shown: Shown | None = None) -> None:
     """Put the EMA weights in, with the warnings that they may be worth."""
     counted = shadow.counted()
-    report.warn_young(shadow, "swap", counted)
-    report.warn_skipped(shadow)
-    doubtful = swap_in(shadow, counted)
+    for window in read_from(shadow, shown):
+        report.warn_young(window, "swap", window.counted())
+        report.warn_skipped(window)
+    doubtful = swap_in(shadow, counted, shown)
     shadow.mark_swapped()
-    if doubtful:
-        report.warn_non_finite(shadow, counted)
+    for window in read_from(shadow, shown) if doubtful else ():
+        report.warn_non_finite(window, window.counted())
 
 
-def swap_in(shadow: ShadowSet, counted: Slots) -> bool:
+def swap_in(shadow: ShadowSet, counted: Slots, shown: Shown | None = None) -> bool:
     """Put the EMA weights of these slots into the parameters. An error on the way changes nothing.
 
     Returns:
@@ -111,13 +115,15 @@ def swap_in(shadow: ShadowSet, counted: Slots) -> bool:
         record.refuse_interrupted(state, counted)
         reshard(counted, shadow.module)
         shadow.look_at_memory()
-        parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
+        parking = counted
+        if shown is None:
+            parking = {param: slot for param, slot in counted.items() if shadow.parks(param, slot)}
         before = record.before_ours(state, counted)
         with no_autograd():
-            move = Move(counted, parking, arrived=False)
+            move = Move(counted, parking, arrived=False, shown=shown)
             record.enter(state)
             try:
-                state.move = move
+                state.move, state.shows_other = move, shown is not None
                 move.put_in()
                 record.take_for_ours(state, counted, before)
                 state.groups, state.versions = shadow.groups, record.versions_of(counted)
@@ -127,6 +133,8 @@ def swap_in(shadow: ShadowSet, counted: Slots) -> bool:
                 state.move = move
                 put_back(shadow)
                 raise
+            if shown is not None:
+                return True
             emas = locals_of(slot.ema for slot in parking.values())
             return move.exchange.doubtful() or bool(parking and non_finite(emas))
 
@@ -168,7 +176,7 @@ def _finish(shadow: ShadowSet, move: Move) -> None:
     with no_autograd():
         move.put_back()
     record.take_for_ours(state, move.slots, before)
-    state.swapped = {}
+    state.swapped, state.shows_other = {}, False
     for slot in move.slots.values():
         slot.parked = None
     state.move = None
@@ -204,7 +212,7 @@ def get_ready(shadow: ShadowSet) -> None:
     resolve_pending(shadow)
 
 
-def apply(shadow: ShadowSet) -> None:
+def apply(shadow: ShadowSet, shown: Shown | None = None) -> None:
     """Make the EMA weights the training weights, one way, inside a swap or outside."""
     shadow.held = None  # what the model holds from here on is meant
     state = shadow.swap
@@ -212,20 +220,27 @@ def apply(shadow: ShadowSet) -> None:
         counted = state.swapped or shadow.counted()
         reshard(counted, shadow.module)
         if not state.swapped:
-            try:
-                read_(counted, list(counted.values()))
-            finally:
-                torch.clear_autocast_cache()
+            _write(counted, shown)
             return
+        is_in = shown is None and not state.shows_other
         exchanged = {p: s for p, s in counted.items() if s.parked is None}
         copy_(locals_of(slot.ema for slot in exchanged.values()), locals_of(exchanged))
-        state.swapped = {}
+        state.swapped, state.shows_other = {}, False
         for slot in counted.values():
             slot.parked = None
+        if not is_in:
+            _write(counted, shown)
         record.leave(state)
         if state.mode is Mode.EVAL:
             state.mode = Mode.TRAIN
     shadow.mark_swapped()
+
+
+def _write(slots: Slots, shown: Shown | None) -> None:
+    try:
+        write_shown(slots, shown)
+    finally:
+        torch.clear_autocast_cache()
 
 
 def resolve_pending(shadow: ShadowSet) -> None:

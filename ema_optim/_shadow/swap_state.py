@@ -44,10 +44,11 @@ class Move:
         slots: By parameter.
         parking: Those of them whose training weights are kept in a copy.
         arrived: Whether the EMA weights are in.
+        shown: What is put in in place of the EMA, see ``choice.Shown``; ``parking`` is all then.
     """
 
-    def __init__(self, slots: Slots, parking: Slots, arrived: bool) -> None:
-        self.slots, self._parking = slots, parking
+    def __init__(self, slots: Slots, parking: Slots, arrived: bool, shown: Any = None) -> None:
+        self.slots, self._parking, self._shown = slots, parking, shown
         exchanged = {p: s for p, s in slots.items() if p not in parking}
         emas = locals_of(slot.ema for slot in exchanged.values())
         self.exchange = Exchange(emas, locals_of(exchanged), not arrived, done=arrived)
@@ -59,7 +60,7 @@ class Move:
         try:
             self.exchange.run()
             if self._parking:
-                read_(self._parking, list(self._parking.values()))
+                write_shown(self._parking, self._shown)
         finally:
             torch.clear_autocast_cache()
         for param, slot in self.slots.items():
@@ -88,6 +89,14 @@ def _copies(params: list[Tensor]) -> dict[Tensor, Tensor]:
     return alone | dict(zip((p for p in params if p not in alone), copies, strict=True))
 
 
+def write_shown(slots: Slots, shown: Any) -> None:
+    """Write the EMA of each slot into its parameter, or what is shown in place of it."""
+    if shown is None:
+        read_(slots, list(slots.values()))
+    else:
+        shown.write_(slots)
+
+
 class SwapState:
     """The one owner of what is to be known of a swap.
 
@@ -95,6 +104,7 @@ class SwapState:
         mode: See ``Mode``.
         swapped: The slots whose EMA weights are in the parameters.
         move: A swap that has begun and not ended. Whoever comes next ends it.
+        shows_other: Whether another average than the EMA is in, or on its way.
         eval_swaps: Whether ``eval()`` swaps; a trainer may have put the EMA in already.
         groups: The param groups at the swap, for the names in a warning.
         versions: What torch had counted of writes into each parameter when the swap was made.
@@ -110,6 +120,7 @@ class SwapState:
         self.mode = Mode.PENDING if swapped else Mode.TRAIN
         self.swapped = swapped
         self.move: Move | None = None
+        self.shows_other = False
         self.groups: Sequence[Group] = ()
         self.versions: dict[int, int] = {}
         self._block: weakref.ref[Any] | None = None
@@ -118,7 +129,8 @@ class SwapState:
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a swap block has no block to leave; train() puts its weights back.
         mode = Mode.EVAL if self.mode is Mode.BLOCK else self.mode
-        return {"mode": mode, "swapped": self.swapped, "eval_swaps": self.eval_swaps}
+        kept = ("swapped", "eval_swaps", "shows_other")
+        return {"mode": mode, **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         SwapState.__init__(self)
