@@ -18,7 +18,7 @@ these are not known.
 The dicts of inner optimizers that have another form are nested, see ``nested``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,9 +124,10 @@ def _model_marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
     return {**marks, "ema_format": Notes(marks["ema_format"], law=shadow.law_text()).text()}
 
 
-def is_ours(key: object) -> bool:
-    """Whether a key of a parameter's state is the EMA's."""
-    return key in STATE_KEYS or windows.is_window(key)
+def ours_of(entries: Iterable[Any]) -> list[Any]:
+    """The keys of a parameter's state that are the EMA's."""
+    further = windows.PREFIX
+    return [k for k in entries if k in STATE_KEYS or isinstance(k, str) and k.startswith(further)]
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict]]:
@@ -134,15 +135,16 @@ def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict
     rest: dict[Any, Any] = {}
     ours: dict[Any, StateDict] = {}
     for key, values in state_dict["state"].items():
-        if not isinstance(values, dict) or not any(map(is_ours, values)):
+        taken = ours_of(values) if isinstance(values, dict) else ()
+        if not taken:
             rest[key] = values
             continue
         # A partial distributed load fills entries that the checkpoint lacks with an empty dict.
         ours[key] = {
-            k: v for k, v in values.items() if is_ours(k) and (not isinstance(v, dict) or v)
+            k: v for k, v in values.items() if k in taken and (not isinstance(v, dict) or v)
         }
         # An entry of the EMA alone would look initialised to the inner optimizer, and is not.
-        if inner := {k: v for k, v in values.items() if not is_ours(k)}:
+        if inner := {k: v for k, v in values.items() if k not in taken}:
             rest[key] = inner
     groups = [
         {k: v for k, v in group.items() if k not in GROUP_MARKS}
@@ -190,9 +192,7 @@ def _refuse_taken(entry: object, name: str) -> None:
 
 
 def _taken(entry: object) -> list[str]:
-    if not isinstance(entry, dict):
-        return []
-    return [key for key in STATE_KEYS if key in entry] + list(filter(windows.is_window, entry))
+    return ours_of(entry) if isinstance(entry, dict) else []
 
 
 class Pair(NamedTuple):

@@ -17,7 +17,7 @@ from .._shadow.holdings import no_autograd
 from .._shadow.options import check_low, check_tensor
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Slot
-from .layout import is_ours, slot_entries
+from .layout import ours_of, slot_entries
 from .windows import by_window, is_window
 
 
@@ -52,12 +52,12 @@ class ParamState(MutableMapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if self._kept is not None:
             return self._kept[key]
-        return (self._ours() if is_ours(key) else self._rest())[key]
+        return (self._ours() if ours_of([key]) else self._rest())[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if self._kept is not None:
             self._kept[key] = value
-        elif is_ours(key):
+        elif ours_of([key]):
             _refuse_shape(key, value, self._param)
             _write(self._shadow, self._param, {key: value})
         else:
@@ -68,7 +68,7 @@ class ParamState(MutableMapping[str, Any]):
             raise KeyError(key)
         if self._kept is not None:
             del self._kept[key]
-        elif is_ours(key):
+        elif ours_of([key]):
             self._shadow.remove(self._param)
         else:
             del self._inner[self._param][key]
@@ -112,7 +112,7 @@ class StateView(MutableMapping[Any, Any]):
             self._optimizer.state[key] = value
             return
         entries = value.entries() if isinstance(value, ParamState) else dict(value)
-        ours = {k: entries.pop(k) for k in list(filter(is_ours, entries))}
+        ours = {k: entries.pop(k) for k in ours_of(entries)}
         if "ema" in ours and getattr(ours["ema"], "shape", None) != key.shape:
             self._shadow.warn_of_shape(key)
             ours = {}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .carry import uncarry
-from .layout import GROUP_MARKS, GROUP_OPTIONS, is_ours, split
+from .layout import GROUP_MARKS, GROUP_OPTIONS, ours_of, split
 from .nested import is_nested
 
 _FLAT = ("state.", "param_groups.")
@@ -42,17 +42,17 @@ def strip_ema_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         return {**inner, "param_groups": groups}
     if state_dict and all(isinstance(key, str) and key.startswith(_FLAT) for key in state_dict):
         _refuse_swapped(any(v for k, v in state_dict.items() if k.endswith(".ema_swapped")))
-        return {key: value for key, value in state_dict.items() if not _is_ours(key)}
+        return {key: value for key, value in state_dict.items() if not _ours_of(key)}
     raise TypeError(
         "state_dict must be an optimizer's state dict (state and param_groups, or flattened), got "
         f"the keys {sorted(map(str, state_dict))[:3]}: pass the optimizer's part of the checkpoint"
     )
 
 
-def _is_ours(key: str) -> bool:
+def _ours_of(key: str) -> bool:
     kind, _, rest = key.partition(".")
     name = rest.rpartition(".")[2]
-    return is_ours(name) if kind == "state" else name in GROUP_OPTIONS + GROUP_MARKS
+    return bool(ours_of([name])) if kind == "state" else name in GROUP_OPTIONS + GROUP_MARKS
 
 
 def _refuse_swapped(swapped: bool) -> None:

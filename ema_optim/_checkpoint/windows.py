@@ -22,7 +22,7 @@ from .._shadow.windows import FIRST
 from .._warnings import warn
 from .notes import Notes
 
-_PREFIX, _LOW = "ema:", ":low"
+PREFIX, _LOW = "ema:", ":low"
 
 
 class Difference(NamedTuple):
@@ -58,7 +58,7 @@ AS_EVER = Difference()
 
 def is_window(key: object) -> bool:
     """Whether a key of a parameter's state is a further window's."""
-    return isinstance(key, str) and key.startswith(_PREFIX)
+    return isinstance(key, str) and key.startswith(PREFIX)
 
 
 def entries_of(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
@@ -66,9 +66,9 @@ def entries_of(shadow: ShadowSet, param: Tensor) -> dict[str, Tensor]:
     entries = {}
     for name, other in shadow.others.items():
         if (slot := other.find(param)) is not None:
-            entries[f"{_PREFIX}{name}"] = slot.ema
+            entries[f"{PREFIX}{name}"] = slot.ema
             if slot.low is not None:
-                entries[f"{_PREFIX}{name}{_LOW}"] = slot.low
+                entries[f"{PREFIX}{name}{_LOW}"] = slot.low
     return entries
 
 
@@ -76,7 +76,7 @@ def by_window(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The further windows' entries of one parameter by name, each with the keys of a first one."""
     found: dict[str, dict[str, Any]] = {}
     for key in filter(is_window, entries):
-        name, low, _ = key.removeprefix(_PREFIX).partition(_LOW)
+        name, low, _ = key.removeprefix(PREFIX).partition(_LOW)
         found.setdefault(name, {})["ema_low" if low else "ema"] = entries[key]
     return found
 
@@ -86,7 +86,7 @@ def part_of(entries: Mapping[str, Any], name: str, label: str) -> dict[str, Any]
     part = by_window(entries).get(name, {})
     if "ema" not in part:
         raise ValueError(
-            f"{_PREFIX}{name} of {label} must be in the checkpoint, got {sorted(entries)}: to add "
+            f"{PREFIX}{name} of {label} must be in the checkpoint, got {sorted(entries)}: to add "
             "a window to a run, load strip_ema_state_dict(checkpoint); all of them then begin anew"
         )
     return {**part, "ema_step": entries["ema_step"]}

@@ -1,13 +1,26 @@
 """The options of ``EMAOptimizer`` that a trainer's callback hands on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .._arithmetic.formats import EMADtype
 from .._shadow.options import as_count, as_dtype, same_option
+from .._shadow.windows import Decays, as_decays
 from .._warnings import log
 from ..optimizer import EMAOptimizer
-from ..schedules import Decay, Schedule, as_decay, compute_optimal_decay, warmup_decay
+from ..schedules import Schedule, compute_optimal_decay, warmup_decay
+
+
+def shown_in_logs(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of ``EMAOptimizer.ema_metrics`` that a trainer logs, of every window."""
+    shown = ("ema_decay", "ema_distance")
+    return {name: value for name, value in metrics.items() if name.partition("/")[0] in shown}
+
+
+def option_of(optimizer: EMAOptimizer, name: str) -> Any:
+    """What an optimizer was given for one of the options below."""
+    return optimizer.decay if name == "decay" else getattr(optimizer._ema, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +37,14 @@ class EMAOptions:
         ValueError, TypeError: A value is out of its range.
     """
 
-    decay: Decay | Literal["auto"] | None = None
+    decay: Decays | Literal["auto"] | None = None
     update_every: int = 1
     update_after_step: int = 0
     dtype: EMADtype = None
 
     def __post_init__(self) -> None:
         if self.decay is not None and self.decay != "auto":
-            as_decay(self.decay)
+            as_decays(self.decay)
         as_count("update_every", self.update_every, least=1)
         as_count("update_after_step", self.update_after_step, least=0)
         as_dtype(self.dtype)
@@ -75,7 +88,7 @@ class EMAOptions:
             name: (wanted[name], own)
             for name, default in vars(EMAOptions()).items()
             if getattr(self, name) != default
-            and not same_option(wanted[name], own := getattr(optimizer._ema, name))
+            and not same_option(wanted[name], own := option_of(optimizer, name))
         }
 
     def check_same(self, optimizer: EMAOptimizer, steps: float, whose: str) -> None:

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from .._arithmetic.formats import EMADtype
 from .._shadow import names, report
 from .._shadow.buffers import Wanted
+from .._shadow.windows import Decays
 from .._warnings import warn
 from ..optimizer import EMAOptimizer
-from ..schedules import Decay
 
 try:
     import lightning.pytorch as pl
@@ -25,7 +25,7 @@ except ImportError:
         raise ImportError(message) from error
 
 from . import _buffers
-from ._options import EMAOptions
+from ._options import EMAOptions, shown_in_logs
 from ._verbs import EMAVerbs
 
 
@@ -69,7 +69,8 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
 
     Args:
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
-            ``update number (1-based) -> decay``, or "auto" for one chosen by the length of the run,
+            ``update number (1-based) -> decay``, several by name as for ``EMAOptimizer`` (the
+            first is what is evaluated and saved), or "auto" for one chosen by the length of the run,
             ``warmup_decay(compute_optimal_decay(trainer.estimated_stepping_batches))``. Default
             None: that of the ``EMAOptimizer`` which ``configure_optimizers`` returned, else
             "auto", or ``warmup_decay(0.999)`` in a run without an end.
@@ -93,7 +94,7 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        decay: Decay | Literal["auto"] | None = None,
+        decay: Decays | Literal["auto"] | None = None,
         *,
         update_every: int = 1,
         update_after_step: int = 0,
@@ -172,8 +173,8 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         for index, optimizer in enumerate(self._optimizers):
             metrics = optimizer.ema_metrics()
             ending = f"_{index}" if len(self._optimizers) > 1 else ""
-            for name in ("ema_decay", "ema_distance") if metrics["ema_updates"] else ():
-                pl_module.log(name + ending, metrics[name], on_step=True, on_epoch=False)
+            for name, value in shown_in_logs(metrics).items() if metrics["ema_updates"] else ():
+                pl_module.log(name + ending, value, on_step=True, on_epoch=False)
 
     def _swap_in(self, trainer: Any, pl_module: Any) -> None:
         """Put the EMA weights in, for all batches."""

@@ -11,8 +11,8 @@ from .._engines import adapters
 from .._shadow import report, swap
 from .._shadow.buffers import Wanted
 from .._shadow.options import same_option
+from .._shadow.windows import Decays
 from ..optimizer import EMAOptimizer
-from ..schedules import Decay
 
 try:
     from accelerate.optimizer import patch_optimizer_step
@@ -24,7 +24,7 @@ except ImportError as error:
 
 from . import _buffers, _pretrained
 from . import _trainer_logs as _logs
-from ._options import EMAOptions
+from ._options import EMAOptions, option_of, shown_in_logs
 from ._trainer_hub import check_strategy, push_ema, warn_of_folders
 from ._trainer_optimizer import (
     TrainerEMAOptimizer,
@@ -59,7 +59,8 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
 
     Args:
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
-            ``update number (1-based) -> decay``, or "auto" for one chosen by the length of the run,
+            ``update number (1-based) -> decay``, several by name as for ``EMAOptimizer`` (the
+            first is what is evaluated and saved), or "auto" for one chosen by the length of the run,
             ``warmup_decay(compute_optimal_decay(max_steps))``, anew by each ``train()``. Default
             None: that of the ``EMAOptimizer`` which the Trainer was given, else "auto".
         update_every: Optimizer steps between two updates. Default 1.
@@ -89,7 +90,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        decay: Decay | Literal["auto"] | None = None,
+        decay: Decays | Literal["auto"] | None = None,
         *,
         update_every: int = 1,
         update_after_step: int = 0,
@@ -222,7 +223,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         metrics = optimizer.ema_metrics()
         if not metrics["ema_updates"]:
             return
-        shown = {key: metrics[key] for key in ("ema_decay", "ema_distance")}
+        shown = shown_in_logs(metrics)
         logs.update(shown)
         if state.log_history:  # the entry that the Trainer has just made of the same logs
             state.log_history[-1].update(shown)
@@ -288,7 +289,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if not isinstance(found, TrainerEMAOptimizer):
             found = TrainerEMAOptimizer(found, **options)
         elif found.missed or any(
-            not same_option(value, getattr(found._ema, name)) for name, value in options.items()
+            not same_option(value, option_of(found, name)) for name, value in options.items()
         ):
             found = renewed(found, options)
         if found is not accelerated.optimizer:

@@ -227,11 +227,12 @@ def test_fingerprint_tells_tensors_that_have_changed_values():
         Notes("default"),
         Notes("float24", frozenset(), "float32*2:0123456789abcdef"),
         Notes("default", frozenset([0, 3, 4, 5, 9])),
+        Notes("default", law='{"windows": {"ema": 0.999}, "update_every": 1}'),
     ],
 )
 def test_notes_go_through_their_text(notes):
     assert parse(notes.text(), "group") == notes
-    assert parse(notes.text() + "; law=ema(0.999)", "group") == notes  # a part of a later version
+    assert parse(notes.text() + "; later=ema(0.999)", "group") == notes  # a part of a later version
 
 
 def calls_of_a_load(count):
