@@ -126,8 +126,8 @@ def _model_marks(shadow: ShadowSet, group: Group) -> dict[str, Any]:
 
 def ours_of(entries: Iterable[Any]) -> list[Any]:
     """The keys of a parameter's state that are the EMA's."""
-    further = windows.PREFIX
-    return [k for k in entries if k in STATE_KEYS or isinstance(k, str) and k.startswith(further)]
+    start = windows.PREFIX
+    return [k for k in entries if k in STATE_KEYS or (isinstance(k, str) and k.startswith(start))]
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict]]:

@@ -50,7 +50,7 @@ class Loaded:
         shadow.load(
             self.slots, self.step, self.swapped, self.held, notes, self.further, law_changed
         )
-        self.difference.tell()
+        self.difference.tell(shadow)
 
 
 def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:

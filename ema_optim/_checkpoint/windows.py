@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.windows import FIRST
-from .._warnings import warn
 from .notes import Notes
 
 PREFIX, _LOW = "ema:", ":low"
@@ -38,18 +37,20 @@ class Difference(NamedTuple):
     changed: Sequence[str] = ()
     law_changed: bool = False
 
-    def tell(self) -> None:
-        """Warn of what is lost."""
+    def tell(self, shadow: ShadowSet) -> None:
+        """Warn once of what is lost."""
         if self.gone:
-            warn(
+            shadow.warned.once(
+                "windows",
                 f"the checkpoint has the windows {list(self.gone)}, which are not among those of "
-                "decay: their averages are dropped"
+                "decay: their averages are dropped",
             )
         if self.changed:
-            warn(
+            shadow.warned.once(
+                "law",
                 f"the windows {list(self.changed)} have another decay than in the checkpoint: they "
                 "go on with it, and nothing can be combined from them any more, by decay=a number "
-                "or schedule"
+                "or schedule",
             )
 
 

@@ -17,6 +17,7 @@ from .._engines.sharding import is_sharded
 from .._shadow import names, swap
 from .._shadow.blocks import as_block
 from .._shadow.buffers import HeldBuffers, Wanted, as_use_buffers, statistics
+from .._shadow.choice import Choice
 from .._shadow.holdings import no_autograd
 from .._shadow.model_groups import BufferGroups
 from .._shadow.slots import read_
@@ -25,7 +26,14 @@ from .._warnings import warn
 from ..model import EMAModel
 from ..optimizer import EMAOptimizer
 
-_TOLD_OF_WEIGHTS = {"swap", "export", "run", "unaveraged"}  # the buffers are as old as these
+_TOLD_OF_WEIGHTS = {
+    "swap",
+    "export",
+    "run",
+    "unaveraged",
+    "windows",
+    "law",
+}  # the buffers are as old as these
 
 
 class BufferEMA(EMAModel):
@@ -143,22 +151,24 @@ class BufferedEMAOptimizer(EMAOptimizer):
         super().train()
 
     @as_block
-    def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
+    def swap_ema_weights(
+        self, enabled: bool = True, *, decay: Choice = None, max_error: float = 0.05
+    ) -> Iterator[None]:
         """As ``EMAOptimizer`` has it, with the averaged buffers."""
-        with super().swap_ema_weights(enabled):
+        with super().swap_ema_weights(enabled, decay=decay, max_error=max_error):
             if self.buffers is None:
                 yield
                 return
-            with self.buffers.swap_ema_weights(enabled):
+            with self.buffers.swap_ema_weights(enabled, decay=decay, max_error=max_error):
                 yield
 
     use_ema = swap_ema_weights
 
-    def apply_ema(self) -> None:
+    def apply_ema(self, *, decay: Choice = None, max_error: float = 0.05) -> None:
         """As ``EMAOptimizer`` has it, with the averaged buffers."""
-        super().apply_ema()
+        super().apply_ema(decay=decay, max_error=max_error)
         if self.buffers is not None:
-            self.buffers.apply_ema()
+            self.buffers.apply_ema(decay=decay, max_error=max_error)
 
     def reset(self) -> None:
         """As ``EMAOptimizer`` has it, with the averaged buffers."""
@@ -167,13 +177,18 @@ class BufferedEMAOptimizer(EMAOptimizer):
             self.buffers.reset()
 
     def get_ema_state(
-        self, model: nn.Module, *, device: torch.device | str | None = None, copy: bool = True
+        self,
+        model: nn.Module,
+        *,
+        decay: Choice = None,
+        max_error: float = 0.05,
+        device: torch.device | str | None = None,
+        copy: bool = True,
     ) -> dict[str, Tensor]:
         """As ``EMAOptimizer`` has it, with the averaged buffers."""
-        state = super().get_ema_state(model, device=device, copy=copy)
-        if self.buffers is None:
-            return state
-        return {**state, **self.buffers.get_ema_state(device=device, copy=copy)}
+        which: Any = {"decay": decay, "max_error": max_error, "device": device, "copy": copy}
+        state = super().get_ema_state(model, **which)
+        return state if self.buffers is None else {**state, **self.buffers.get_ema_state(**which)}
 
     def load_ema_state(
         self, model: nn.Module, state: Mapping[str, Tensor], strict: bool = True

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._engines.quantized import write_
 from .._engines.sharding import local, part_for, whole_on_first_rank
 from .._shadow import names
+from .._shadow.choice import Choice
 from .._shadow.holdings import no_autograd
 from .._shadow.options import check_tensor
 from .._warnings import warn
@@ -38,20 +39,22 @@ class EMAVerbs:
         if self._statistics is not None and model is not None and optimizer.swapped:
             self._statistics.warn(model)
 
-    def apply_ema(self, model: nn.Module) -> None:
+    def apply_ema(self, model: nn.Module, *, decay: Choice = None, max_error: float = 0.05) -> None:
         """Copy the EMA weights into ``model``, one way, until ``restore_original(model)``.
 
         Args:
             model: The trained model, or another with parameters of the same names.
+            decay: Which average, as for ``EMAOptimizer.swap_ema_weights``.
+            max_error: The limit of its told error.
 
         Raises:
             RuntimeError: Nothing was trained or loaded yet.
             KeyError: The model lacks parameters of the EMA.
-            ValueError: A parameter has another shape.
+            ValueError: A parameter has another shape, or there is no such average.
         """
         for optimizer in self._averaged():
             optimizer.train()  # an evaluation may have failed half-way
-        state = self._ema_by_name()
+        state = self._ema_by_name(decay, max_error)
         named = _named(model)
         if missing := sorted(set(state) - set(named)):
             raise KeyError(
@@ -82,22 +85,30 @@ class EMAVerbs:
         _copy(self._original.pop(model, {}), _named(model))
         self._written()
 
-    def get_ema_state(self) -> dict[str, Tensor]:
+    def get_ema_state(self, *, decay: Choice = None, max_error: float = 0.05) -> dict[str, Tensor]:
         """The EMA weights (and averaged buffers) by name, as CPU tensors in the EMA's dtype.
 
         Under FSDP every rank calls it; the whole tensors are gathered one at a time for the first
         rank, and the dict of the others is empty.
 
+        Args:
+            decay: Which average, as for ``EMAOptimizer.swap_ema_weights``.
+            max_error: The limit of its told error.
+
         Raises:
             RuntimeError: Nothing was trained or loaded yet.
+            ValueError: There is no such average.
         """
-        return whole_on_first_rank(self._ema_by_name())
+        return whole_on_first_rank(self._ema_by_name(decay, max_error))
 
-    def _ema_by_name(self) -> dict[str, Tensor]:
+    def _ema_by_name(self, decay: Choice, max_error: float) -> dict[str, Tensor]:
         if self.model is not None and self._averaged():
-            parts = [optimizer.get_ema_state(self.model) for optimizer in self._averaged()]
+            which: Any = {"decay": decay, "max_error": max_error}
+            parts = [o.get_ema_state(self.model, **which) for o in self._averaged()]
             return {name: value for part in parts for name, value in part.items()}
         if self._loaded is not None:
+            if decay is not None:
+                raise ValueError(f"decay must be None of what load_ema_state() took, got {decay}")
             return dict(self._loaded)
         raise RuntimeError("there is no EMA yet: call trainer.train() or load_ema_state() first")
 

@@ -70,7 +70,7 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
     Args:
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
             ``update number (1-based) -> decay``, several by name as for ``EMAOptimizer`` (the
-            first is what is evaluated and saved), or "auto" for one chosen by the length of the run,
+            first is evaluated and saved), or "auto" for one chosen by the length of the run,
             ``warmup_decay(compute_optimal_decay(trainer.estimated_stepping_batches))``. Default
             None: that of the ``EMAOptimizer`` which ``configure_optimizers`` returned, else
             "auto", or ``warmup_decay(0.999)`` in a run without an end.

@@ -60,7 +60,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
     Args:
         decay: The share of the old EMA that is kept per optimizer step, in [0, 1], a schedule
             ``update number (1-based) -> decay``, several by name as for ``EMAOptimizer`` (the
-            first is what is evaluated and saved), or "auto" for one chosen by the length of the run,
+            first is evaluated and saved), or "auto" for one chosen by the length of the run,
             ``warmup_decay(compute_optimal_decay(max_steps))``, anew by each ``train()``. Default
             None: that of the ``EMAOptimizer`` which the Trainer was given, else "auto".
         update_every: Optimizer steps between two updates. Default 1.
