@@ -2,7 +2,15 @@
 
 import torch
 import torch.distributed.checkpoint as dcp
-from sharded import optimizer_of, plain_model, sharded_model, train, whole_ema, whole_weights
+from sharded import (
+    DECAY,
+    optimizer_of,
+    plain_model,
+    sharded_model,
+    train,
+    whole_ema,
+    whole_weights,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 OPTIONS = {
@@ -11,12 +19,12 @@ OPTIONS = {
 }
 
 
-def fresh(world, way, dtype):
+def fresh(world, way, dtype, decay=DECAY):
     model = plain_model(dtype) if way is None else sharded_model(world, way, dtype)
     with torch.no_grad():
         for param in model.parameters():
             param.mul_(0.5)  # what is not loaded is seen
-    return model, optimizer_of(model)
+    return model, optimizer_of(model, decay)
 
 
 def state_of(model, optimizer, layout):
@@ -24,9 +32,9 @@ def state_of(model, optimizer, layout):
     return {"model": weights, "optimizer": state}
 
 
-def load(model, optimizer, folder, layout, planner=None):
+def load(model, optimizer, folder, layout, planner=None, no_dist=False):
     state = state_of(model, optimizer, layout)
-    dcp.load(state, checkpoint_id=folder, planner=planner)
+    dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=no_dist)
     weights, loaded = state["model"], state["optimizer"]
     options = OPTIONS[layout]
     set_state_dict(
@@ -35,8 +43,8 @@ def load(model, optimizer, folder, layout, planner=None):
     optimizer.train()
 
 
-def uninterrupted(steps, dtype=torch.float32):
+def uninterrupted(steps, dtype=torch.float32, decay=DECAY):
     model = plain_model(dtype)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, decay)
     train(model, optimizer, range(steps))
     return whole_weights(model), whole_ema(optimizer, model)

@@ -17,8 +17,10 @@ from sharded import (
     mesh_of,
     optimizer_of,
     outputs,
+    plain_model,
     sharded_model,
     train,
+    whole,
     whole_ema,
     whole_weights,
 )
@@ -68,6 +70,49 @@ def test_a_run_goes_on_bit_for_bit_on_other_ranks(tmp_path, target, layout, dtyp
     world, way = target
     run_on(4, save, folder=tmp_path, layout=layout, dtype=dtype, swapped=swapped)
     run_on(world, goes_on, folder=tmp_path, way=way, layout=layout, dtype=dtype)
+
+
+WINDOWS = {"short": 0.25, "long": 0.5}
+
+
+def save_windows(world, folder, layout, swapped):
+    model = sharded_model(world, dtype=torch.bfloat16)
+    optimizer = optimizer_of(model, WINDOWS)
+    train(model, optimizer, range(4))
+    if swapped:
+        optimizer.eval()
+    dcp.save(state_of(model, optimizer, layout), checkpoint_id=folder)
+
+
+def windows_go_on(world, folder, way, layout):
+    model, optimizer = fresh(world, way, torch.bfloat16, WINDOWS)
+    load(model, optimizer, folder, layout)
+    train(model, optimizer, range(4, 6))
+    weights = whole_weights(model)
+    for decay in (*WINDOWS, 0.4):
+        which = {"decay": decay, "max_error": 0.2}
+        found = optimizer.get_ema_state(model, **which)
+        expected = windows_alone(which)
+        assert equal({name: whole(ema) for name, ema in found.items()}, expected)
+        with optimizer.swap_ema_weights(**which):
+            shown = {name: ema.bfloat16() for name, ema in expected.items()}
+            assert equal(whole_weights(model), shown)
+            outputs(model)  # gathers
+        assert equal(whole_weights(model), weights)
+
+
+def windows_alone(which):
+    model = plain_model(torch.bfloat16)
+    optimizer = optimizer_of(model, WINDOWS)
+    train(model, optimizer, range(6))
+    return optimizer.get_ema_state(model, **which)
+
+
+@layouts
+@pytest.mark.parametrize(("way", "swapped"), [((2, "default"), False), ((1, None), True)])
+def test_every_window_goes_on_bit_for_bit_on_other_ranks(tmp_path, way, layout, swapped):
+    run_on(4, save_windows, folder=tmp_path, layout=layout, swapped=swapped)
+    run_on(way[0], windows_go_on, folder=tmp_path, way=way[1], layout=layout)
 
 
 def save_whole(world, file, dtype, swapped):

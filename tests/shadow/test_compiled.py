@@ -126,6 +126,18 @@ def test_ema_tensors_have_static_addresses_where_graphs_are_replayed(how, marked
     assert same(saved["state"], replayed.optimizer.state_dict()["state"])
 
 
+def test_every_window_is_averaged_in_the_one_graph():
+    compiled, eager = pair(INNERS["SGD"], {"short": 0.25, "long": 0.5})
+    for problem in (compiled, eager):
+        problem.step(6)
+    model = torch.nn.ParameterList
+    for name in ("short", "long"):
+        emas = [p.optimizer.get_ema_state(model(p.params), decay=name) for p in (compiled, eager)]
+        torch.testing.assert_close(*emas, rtol=1e-4, atol=1e-5)
+    nodes = [node for graph in compiled.graphs for node in graph.graph.nodes]
+    assert len([node for node in nodes if "lerp" in node.name]) == 2 * len(eager.params)
+
+
 def test_first_step_is_the_eager_one():
     compiled, eager = pair()
     assert_same(compiled.step(), eager.step())
