@@ -32,9 +32,9 @@ def state_of(model, optimizer, layout):
     return {"model": weights, "optimizer": state}
 
 
-def load(model, optimizer, folder, layout, planner=None, no_dist=False):
+def load(model, optimizer, folder, layout, planner=None):
     state = state_of(model, optimizer, layout)
-    dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=no_dist)
+    dcp.load(state, checkpoint_id=folder, planner=planner)
     weights, loaded = state["model"], state["optimizer"]
     options = OPTIONS[layout]
     set_state_dict(

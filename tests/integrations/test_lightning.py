@@ -154,6 +154,19 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, moment, precision):
     assert same(ema_state(resumed), ema_state(whole))
 
 
+@pytest.mark.parametrize("moment", ["at a step", "during a validation"])
+def test_resumed_run_has_every_window_of_the_uninterrupted_one(tmp_path, moment, monkeypatch):
+    windows = {"short": DECAY, "long": 0.4}
+    monkeypatch.setitem(globals(), "DECAY", windows)
+    path, _ = interrupted(tmp_path, moment)
+    whole, resumed = (fit(new(), [EMAWeights(windows)], ckpt) for ckpt in (None, path))
+    assert same(training_state(resumed), training_state(whole))
+    callbacks = [trainer.callbacks[0] for trainer in (whole, resumed)]
+    found = [callback.get_ema_state(decay="long") for callback in callbacks]
+    assert same(*found)
+    assert not same(found[0], callbacks[0].get_ema_state())
+
+
 @pytest.mark.filterwarnings("ignore:an EMA in bfloat16")
 @pytest.mark.parametrize("format", ["float32_compensated", "float24", torch.bfloat16])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])

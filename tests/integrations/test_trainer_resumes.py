@@ -42,6 +42,7 @@ EMAS = {
     "after": {"decay": 0.5, "update_after_step": 2},
     "late": {"decay": 0.4, "update_after_step": 5},
     "schedule": {"decay": warmup_decay(0.9)},
+    "windows": {"decay": {"short": DECAY, "long": 0.4}},
     "float64": {"decay": DECAY, "dtype": torch.float64},
     "float32_compensated": {"decay": DECAY, "dtype": "float32_compensated"},
     "float24": {"decay": DECAY, "dtype": "float24"},
@@ -78,6 +79,20 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, row, evaluate):
         trainer = fit(build(seed), tmp_path / str(seed), callback, resume=resume, **options)
         runs.append(facts(trainer, callback))
     assert same(*runs)
+
+
+def test_every_window_is_logged_and_handed_out(tmp_path):
+    windows, callback = {"short": DECAY, "long": 0.4}, EMACallback({"short": DECAY, "long": 0.4})
+    trainer = fit(llama(), tmp_path, callback)
+    for name, decay in windows.items():
+        fit(llama(), tmp_path, alone := EMACallback(decay))
+        assert same(callback.get_ema_state(decay=name), alone.get_ema_state())
+    logged = trainer.state.log_history[-2]
+    assert {"ema_decay", "ema_distance", "ema_decay/long", "ema_distance/long"} <= logged.keys()
+    callback.apply_ema(trainer.model, decay="long")
+    assert same(parameters(trainer.model), callback.get_ema_state(decay="long"))
+    with pytest.raises(ValueError, match="must be that of the EMAOptimizer"):
+        callback.options.check_same(alone.optimizer, 1, "of the test")
 
 
 @pytest.mark.filterwarnings("ignore:an EMA in bfloat16")
