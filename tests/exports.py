@@ -49,7 +49,7 @@ def run(model, optimizer, steps=4):
 
 def trained(inner=named, weights=torch.float32, **options):
     model = net().to(weights)
-    return run(model, EMAOptimizer(inner(model), decay=0.6, **options))
+    return run(model, EMAOptimizer(inner(model), **{"decay": 0.6, **options}))
 
 
 def saved(folder, name="checkpoint.pt", **content):

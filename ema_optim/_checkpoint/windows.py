@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._arithmetic.laws import decay_of
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.windows import FIRST
 from .notes import Notes
@@ -118,6 +119,22 @@ def compare(
         changed = list(mine["windows"])
     lost = bool(changed or law.get("changed"))
     return Difference(gone, changed if len(mine["windows"]) > 1 else (), lost)
+
+
+def told(notes: Iterable[Notes]) -> str | None:
+    """The decays of a checkpoint for a reader, where it says them."""
+    laws = _law(notes)["windows"]
+    decays = {name: _shown(law) for name, law in laws.items()}
+    if len(decays) > 1:
+        return ", ".join(f"{name} {decay}" for name, decay in decays.items())
+    return next(iter(decays.values()), None)
+
+
+def _shown(law: Any) -> str:
+    try:
+        return "a function" if law is None else str(decay_of(law))
+    except ValueError:  # a schedule of a later version
+        return str(law)
 
 
 def _law(notes: Iterable[Notes]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from .._checkpoint.carry import notes_of, uncarry
 from .._checkpoint.notes import parse
+from .._checkpoint.windows import told
 from .entries import Entry, entries_of
 from .parts import plain
 from .sources import Source, open_source
@@ -29,13 +30,15 @@ def facts(source: Source, entries: Sequence[Entry], key: str | None) -> dict[str
     groups = [group for tree in trees for group in uncarry(tree)["param_groups"]]
     saved = [group for tree in trees for group in tree["param_groups"]]
     steps = [int(plain(group["ema_step"])) for group in groups if "ema_step" in group]
-    formats = [parse(group.get("ema_format"), "a param group").format for group in groups]
+    notes = [parse(group.get("ema_format"), "a param group") for group in groups]
+    formats = [note.format for note in notes]
     noted = notes_of(saved).get("ema_global_step")
     return {
         "ema_source": source.kind,
         "ema_step": max(steps or _steps(entries)),
         "ema_global_step": noted if source.step is None else source.step,
         "ema_decay": _one([plain(group.get("ema_decay")) for group in groups]),
+        "ema_law": told(notes),
         "ema_format": _one(formats),
         "ema_swapped": any(bool(plain(group.get("ema_swapped"))) for group in groups),
     }
@@ -52,7 +55,9 @@ def _told(source: Source, entries: Sequence[Entry], where: str) -> dict[str, str
         "steps": f"{known['ema_step']:,} optimizer steps"
         + ("" if step is None else f", saved at the trainer's step {step:,}"),
         "updates": f"each parameter's EMA has counted {own} steps",
-        "decay": "not in the file" if known["ema_decay"] is None else str(known["ema_decay"]),
+        "decay": known["ema_law"] or "not in the file"
+        if known["ema_decay"] is None
+        else str(known["ema_decay"]),
         "format": f"{known['ema_format'] or 'not in the file'} ({', '.join(kinds)})",
         "swapped": _swapped(known, entries),
         "tensors": f"{len(entries):,}, {values:,} values",

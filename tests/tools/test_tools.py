@@ -29,7 +29,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import ema_optim
-from ema_optim import EMACallback, EMAModel, EMAOptimizer, export_ema
+from ema_optim import EMACallback, EMAModel, EMAOptimizer, export_ema, power_decay
 from ema_optim.__main__ import main
 
 pytestmark = [
@@ -277,7 +277,7 @@ def environment():
 INFO = {
     "steps": "4 optimizer steps",
     "updates": "each parameter's EMA has counted 4 steps",
-    "decay": "not in the file",
+    "decay": "short 0.5, long power_decay(0.2)",
     "format": "float24 (bfloat16 + int8)",
     "swapped": "no",
     "tensors": "8, 146 values",
@@ -286,7 +286,9 @@ INFO = {
 
 
 def test_info_says_what_is_in_a_file(tmp_path, capsys):
-    file = saved(tmp_path, optimizer=trained(dtype="float24")[1].state_dict())
+    windows = {"short": 0.5, "long": power_decay(0.2)}
+    state = trained(dtype="float24", decay=windows)[1].state_dict()
+    file = saved(tmp_path, optimizer=state)
     assert main(["info", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"file      {file} (checkpoint file)"
