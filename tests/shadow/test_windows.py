@@ -25,7 +25,7 @@ OPTIONS = [
     {},
     {"decay": {"short": power_decay(0.1), "long": power_decay(0.2)}},
     {"update_every": 3, "update_after_step": 2},
-    {"dtype": torch.bfloat16},
+    {"dtype": torch.bfloat16, "skip_non_finite": True},
     *({"ema_dtype": format} for format in FORMATS),
 ]
 
