@@ -81,16 +81,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, row, evaluate):
     assert same(*runs)
 
 
-def test_every_window_is_logged_and_handed_out(tmp_path):
-    windows, callback = {"short": DECAY, "long": 0.4}, EMACallback({"short": DECAY, "long": 0.4})
-    trainer = fit(llama(), tmp_path, callback)
+@pytest.mark.parametrize(("build", "buffers"), [(llama, None), (plain, True)])
+def test_every_window_is_logged_and_handed_out(tmp_path, build, buffers):
+    windows = {"short": DECAY, "long": 0.4}
+    trainer = fit(build(), tmp_path, callback := EMACallback(windows, use_buffers=buffers))
     for name, decay in windows.items():
-        fit(llama(), tmp_path, alone := EMACallback(decay))
+        fit(build(), tmp_path, alone := EMACallback(decay, use_buffers=buffers))
         assert same(callback.get_ema_state(decay=name), alone.get_ema_state())
     logged = trainer.state.log_history[-2]
     assert {"ema_decay", "ema_distance", "ema_decay/long", "ema_distance/long"} <= logged.keys()
     callback.apply_ema(trainer.model, decay="long")
-    assert same(parameters(trainer.model), callback.get_ema_state(decay="long"))
+    shown, state = weights(trainer.model), callback.get_ema_state(decay="long")
+    assert same({name: shown[name] for name in state}, state)
+    assert not buffers or "norm.running_mean" in state
     with pytest.raises(ValueError, match="must be that of the EMAOptimizer"):
         callback.options.check_same(alone.optimizer, 1, "of the test")
 
