@@ -13,6 +13,7 @@ from ema_optim._arithmetic import fused
 
 SKIPPED = [False, True, False, False, True, False, False]
 STEADY = {"decay": 0.25}
+WINDOWS = {"decay": {"short": 0.25, "long": 0.5}}
 
 
 class Reads(TorchDispatchMode):
@@ -77,9 +78,12 @@ READERS = {
 }
 
 
+@pytest.mark.parametrize("options", [STEADY, WINDOWS], ids=str)
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_every_reader_sees_the_counts_of_a_run_that_read_each_step(stood_in, read_each, read):
-    run, reference = Run(**STEADY), read_each(*range(7), **STEADY)
+def test_every_reader_sees_the_counts_of_a_run_that_read_each_step(
+    stood_in, read_each, read, options
+):
+    run, reference = Run(**options), read_each(*range(7), **options)
     assert run.steps(*range(7))[1:] == [0] * 6  # the first one gives birth
     assert read(run.optimizer) == read(reference.optimizer)
     assert same(run.optimizer.state_dict(), reference.optimizer.state_dict())
