@@ -67,7 +67,7 @@ FLOORS = [
     {"_engines"},
     {"_shadow"},
     {"_checkpoint", "_door"},
-    {"optimizer", "model"},
+    {"optimizer", "model", "snapshots"},
     {"integrations", "_tools", "__init__"},
     {"__main__"},
 ]

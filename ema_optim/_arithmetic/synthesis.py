@@ -42,7 +42,7 @@ class Solver:
             if average._replace(step=0) not in self._decays:
                 self._decays.append(average._replace(step=0))
         self._row = [self._decays.index(average._replace(step=0)) for average in self.inputs]
-        self._systems: dict[int, _System] = {}
+        self._last: tuple[int, _System] | None = None  # one alone: it holds a number per step
 
     def solve(self, target: Average) -> tuple[list[float], float]:
         """Return one coefficient for each input, and the error.
@@ -64,9 +64,9 @@ class Solver:
         used = [index for index, average in enumerate(self.inputs) if average.step <= target.step]
         if not used:
             raise ValueError(f"no average is known at step {target.step} or before it")
-        if target.step not in self._systems:
-            self._systems[target.step] = self._system(used, target.step)
-        found, error = self._systems[target.step].solve(target)
+        if self._last is None or self._last[0] != target.step:
+            self._last = target.step, self._system(used, target.step)
+        found, error = self._last[1].solve(target)
         coefficients = [0.0] * len(self.inputs)
         for index, value in zip(used, found, strict=True):
             coefficients[index] = value

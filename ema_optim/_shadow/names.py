@@ -55,7 +55,7 @@ def ema_state(
     """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
     with no_autograd():  # one after the other: a device need not hold all of them
         return {
-            name: _whole(shadow, tensor).to(device)
+            name: whole(shadow, tensor).to(device)
             for tensor, name in unique_members(shadow, model).items()
         }
 
@@ -110,7 +110,8 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**named_buffers(model), **named_parameters(model)}
 
 
-def _whole(shadow: ShadowSet, param: Tensor) -> Tensor:
+def whole(shadow: ShadowSet, param: Tensor) -> Tensor:
+    """A fresh copy of the EMA weights of one parameter, in one tensor."""
     return stored(param, shadow.ema_of(param), whole_format(param.dtype, shadow.dtype))[0]
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from .._arithmetic.formats import EMADtype
@@ -25,6 +26,7 @@ except ImportError as error:
 from . import _buffers, _pretrained
 from . import _trainer_logs as _logs
 from ._options import EMAOptions
+from ._snapshots import as_folder, check_snapshots, save_snapshots
 from ._trainer_hub import check_strategy, push_ema, warn_of_folders
 from ._trainer_optimizer import (
     TrainerEMAOptimizer,
@@ -74,6 +76,8 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             set later.
         save_ema: Whether every checkpoint gets a folder ``checkpoint-N/ema`` that
             ``from_pretrained`` deploys (with PEFT ``checkpoint-N/ema/adapter``). Default True.
+        snapshots: A folder into which the EMA weights are written whenever a checkpoint is, for
+            ``EMASnapshots``: any window after the training. A trial of a search has one in it.
         hub_weights: "training" or "ema", the weights that ``push_to_hub`` pushes, by itself
             (``hub_strategy="every_save"``) and as ``trainer.push_to_hub()``.
 
@@ -97,6 +101,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         use_buffers: Wanted | None = None,
         evaluate_with: Literal["ema", "training", "both"] = "ema",
         save_ema: bool = True,
+        snapshots: str | os.PathLike[str] | None = None,
         hub_weights: Literal["training", "ema"] = "training",
     ) -> None:
         super().__init__()
@@ -111,7 +116,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         self.use_buffers = _buffers.as_choice(use_buffers)
         self.optimizer: EMAOptimizer | None = None
         self.evaluate_with, self.save_ema = evaluate_with, save_ema
-        self.hub_weights = hub_weights
+        self.hub_weights, self.snapshots = hub_weights, as_folder(snapshots)
         self._saved = ""  # the checkpoint beside which the EMA weights were written last
         self._trainer: Any = None  # a weak reference to the Trainer of the last training
 
@@ -157,6 +162,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if self._loaded is not None and not state.global_step:
             self._hand_over(self._loaded)
         self._loaded = None
+        check_snapshots(self._snapshot_folder(args), [self.optimizer])
         self._begin_pushing(args, state, control, kwargs)
         report.warn_of_run(self.optimizer._ema, state.max_steps - state.global_step)
 
@@ -229,13 +235,16 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the EMA weights beside the checkpoint that was just written."""
-        if self.optimizer is None or not self.save_ema:
+        if self.optimizer is None:
             return
         model, checkpoint = kwargs["model"], f"checkpoint-{state.global_step}"
         checkpoint = os.path.join(self._run_folder(args), checkpoint)
         if checkpoint == self._saved:
             return  # before it was pushed
         self._saved = checkpoint
+        save_snapshots(self._snapshot_folder(args), [self.optimizer], model)
+        if not self.save_ema:
+            return
         writes = args.should_save and _pretrained.is_there(checkpoint)
         if not writes and not _pretrained.sharded(model):
             return
@@ -255,6 +264,11 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if trainer is None or getattr(trainer, "_trial", None) is None:
             return str(args.output_dir)
         return str(trainer._get_output_dir(trainer._trial))
+
+    def _snapshot_folder(self, args: Any) -> Path | None:
+        own = self._run_folder(args)
+        trial = "" if own == str(args.output_dir) else os.path.basename(own)
+        return None if self.snapshots is None else self.snapshots / trial
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the training weights in, or the EMA weights of the best checkpoint."""
