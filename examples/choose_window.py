@@ -34,7 +34,6 @@ from ema_optim import EMAModel, EMAOptimizer, EMASnapshots, power_decay
 
 SNAPSHOTS = 20  # in the whole run, one per window of the kept EMA
 TRUE = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.11, 0.15, 0.2, 0.25)  # kept to compare
-LINE = tuple(np.geomspace(0.02, 0.25, 30))
 LIMIT = 0.05  # what synthesize() accepts by default
 
 Weights = dict[str, Tensor]
@@ -55,7 +54,7 @@ class Run(NamedTuple):
     true: list[float]  # of the true averages
     made: list[float]  # of the synthesized ones
     measured: list[float]  # |synthesized - true| / |training weights - true|
-    line: list[float]  # scores of the synthesized averages of LINE
+    line: dict[float, float]  # scores of more synthesized averages, by width
     told: dict[float, float]  # errors by width, told in advance: the same for every seed
 
 
@@ -114,8 +113,11 @@ def train(
     return optimizer, true
 
 
-def measure(task: Task, optimizer: EMAOptimizer, true: dict[float, EMAModel], folder: Path) -> Run:
+def measure(
+    task: Task, optimizer: EMAOptimizer, true: dict[float, EMAModel], folder: Path, points: int
+) -> Run:
     snapshots, model = EMASnapshots(folder), copy.deepcopy(task.model)
+    line = [float(width) for width in np.geomspace(TRUE[0], TRUE[-1], points)]
     weights = {name: param.detach() for name, param in task.model.named_parameters()}
 
     def score(state: Weights) -> float:
@@ -133,8 +135,8 @@ def measure(task: Task, optimizer: EMAOptimizer, true: dict[float, EMAModel], fo
         [score(state) for state in truth],
         [score(state) for state in made],
         [error(*states, weights) for states in zip(made, truth, strict=True)],
-        [score(synthesize(width)) for width in tqdm(LINE, unit="window", leave=False)],
-        {width: snapshots.error(power_decay(width)) for width in (*TRUE, *LINE)},
+        {width: score(synthesize(width)) for width in tqdm(line, unit="window", leave=False)},
+        {width: snapshots.error(power_decay(width)) for width in (*TRUE, *line)},
     )
 
 
@@ -161,7 +163,8 @@ def print_table(title: str, runs: list[Run], form: str) -> None:
 
 
 def draw_score(axes: Axes, runs: list[Run], label: str) -> None:
-    axes.plot(LINE, mean(runs, "line"), color="#1d4ed8", linewidth=2, label="synthesized")
+    line = np.mean([list(run.line.values()) for run in runs], axis=0)
+    axes.plot(list(runs[0].line), line, color="#1d4ed8", linewidth=2, label="synthesized")
     axes.plot(TRUE, mean(runs, "true"), "o", color="#c2410c", markersize=5, label="true EMA")
     training = mean(runs, "training")
     axes.axhline(training, color="#6b7280", linewidth=1, linestyle="--", label="training weights")
@@ -169,8 +172,9 @@ def draw_score(axes: Axes, runs: list[Run], label: str) -> None:
 
 
 def draw_error(axes: Axes, told: np.ndarray, runs: list[Run]) -> None:
-    axes.fill_between(LINE, told / 2, told * 2, color="#1d4ed8", alpha=0.15, linewidth=0)
-    axes.plot(LINE, told, color="#1d4ed8", linewidth=2, label="told (band: a factor of two)")
+    line = list(runs[0].line)
+    axes.fill_between(line, told / 2, told * 2, color="#1d4ed8", alpha=0.15, linewidth=0)
+    axes.plot(line, told, color="#1d4ed8", linewidth=2, label="told (band: a factor of two)")
     axes.plot(TRUE, mean(runs, "measured"), "o", color="#c2410c", markersize=5, label="measured")
     axes.axhline(
         LIMIT, color="#6b7280", linewidth=1, linestyle=":", label="max_error=0.05, refused above"
@@ -178,15 +182,20 @@ def draw_error(axes: Axes, told: np.ndarray, runs: list[Run]) -> None:
     axes.set(ylabel="error / |weights - EMA|", xlabel="window: sigma_rel", yscale="log")
 
 
+def refused(run: Run) -> tuple[float, float]:
+    """The short windows that synthesize() refuses by default."""
+    return TRUE[0], min(width for width in run.line if run.told[width] <= LIMIT)
+
+
 def draw(results: dict[str, tuple[list[Run], str]], output: str) -> None:
     figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
     grid = figure.subplots(2, len(results), sharex=True, squeeze=False, height_ratios=(3, 2))
     for (title, (runs, label)), (top, bottom) in zip(results.items(), grid.T, strict=True):
-        told = np.array([runs[0].told[width] for width in LINE])
+        told = np.array([runs[0].told[width] for width in runs[0].line])
         draw_score(top, runs, label)
         draw_error(bottom, told, runs)
-        for axes in (top, bottom):  # what synthesize() refuses by default
-            axes.axvspan(LINE[0], LINE[int((told > LIMIT).sum())], color="#6b7280", alpha=0.15)
+        for axes in (top, bottom):
+            axes.axvspan(*refused(runs[0]), color="#6b7280", alpha=0.15)
             axes.grid(alpha=0.3)
         top.set_title(title, fontsize=11)
     for axes in (grid[0, -1], grid[1, 0]):
@@ -197,13 +206,14 @@ def draw(results: dict[str, tuple[list[Run], str]], output: str) -> None:
 def runs_of(build: Callable[[int], Task], args: argparse.Namespace, folder: Path) -> Iterator[Run]:
     for seed in range(args.seeds):
         task, own = build(seed), folder / f"{build.__name__}-{seed}"
-        yield measure(task, *train(task, args.steps, own), own)
+        yield measure(task, *train(task, args.steps, own), own, args.points)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600, help=f"a multiple of {SNAPSHOTS}")
+    parser.add_argument("--points", type=int, default=30, help="windows on the line")
     parser.add_argument("--output", default="choose_window.png", help="path of the figure")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -101,7 +101,7 @@ def test_force_replaces_the_output(folder, tmp_path):
 
 
 SCRIPT = """
-import sys, torch, ema_optim
+import sys, torch, safetensors, tqdm, ema_optim
 from pathlib import Path
 from ema_optim._tools.synthesize import synthesize
 def anonymous():
@@ -122,14 +122,14 @@ print(most[0] - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
-    model = torch.nn.ParameterList([torch.zeros(2**19) for _ in range(12)])
+    model = torch.nn.ParameterList([torch.zeros(2**20) for _ in range(16)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ema, size = EMAOptimizer(optimizer, 0.5), 4 * 2**19
-    for _ in range(3):
+    ema, size = EMAOptimizer(optimizer, 0.5), 4 * 2**20
+    for _ in range(2):
         for param in model:
             param.grad = torch.ones_like(param)
         ema.step()
         EMASnapshots(tmp_path / "s").save(ema, model)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "s"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5 * size  # of 12, from 3 files
+    assert int(done.stdout) < 8 * size  # of 16, from 2 files
