@@ -93,7 +93,9 @@ class EMASnapshots:
             average = _average(one)
             path = self.folder / file_name(name, average.step)
             with no_autograd():
-                parts = _parts(one, model, dtype)
+                parts: dict[str, Part] = {}
+                for beside in ema._shadows():  # a trainer's callback may average buffers too
+                    parts |= _parts(windows_of(beside)[name], model, dtype)
                 _write(path, parts, header_of(name, average), spread)
             shadow.origin.files.add(str(path))
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,17 @@ def as_folder(snapshots: str | os.PathLike[str] | None) -> Path | None:
     if snapshots is None or isinstance(snapshots, (str, os.PathLike)):
         return None if snapshots is None else Path(snapshots)
     raise TypeError(f"snapshots must be a folder or None, got {snapshots!r}")
+
+
+def folder_of(folder: Path | None, args: Any, run: str) -> Path | None:
+    """The folder of one training of a ``Trainer``: a trial of a search has one in it.
+
+    Args:
+        folder: Of the callback.
+        args: The Trainer's.
+        run: Where the checkpoints of the training are.
+    """
+    return folder if folder is None or run == str(args.output_dir) else folder / Path(run).name
 
 
 def check_snapshots(folder: Path | None, optimizers: Sequence[EMAOptimizer]) -> None:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from .._arithmetic.formats import EMADtype
@@ -26,7 +25,7 @@ except ImportError as error:
 from . import _buffers, _pretrained
 from . import _trainer_logs as _logs
 from ._options import EMAOptions
-from ._snapshots import as_folder, check_snapshots, save_snapshots
+from ._snapshots import as_folder, check_snapshots, folder_of, save_snapshots
 from ._trainer_hub import check_strategy, push_ema, warn_of_folders
 from ._trainer_optimizer import (
     TrainerEMAOptimizer,
@@ -162,7 +161,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if self._loaded is not None and not state.global_step:
             self._hand_over(self._loaded)
         self._loaded = None
-        check_snapshots(self._snapshot_folder(args), [self.optimizer])
+        check_snapshots(folder_of(self.snapshots, args, self._run_folder(args)), [self.optimizer])
         self._begin_pushing(args, state, control, kwargs)
         report.warn_of_run(self.optimizer._ema, state.max_steps - state.global_step)
 
@@ -242,7 +241,8 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if checkpoint == self._saved:
             return  # before it was pushed
         self._saved = checkpoint
-        save_snapshots(self._snapshot_folder(args), [self.optimizer], model)
+        own = folder_of(self.snapshots, args, self._run_folder(args))
+        save_snapshots(own, [self.optimizer], model)
         if not self.save_ema:
             return
         writes = args.should_save and _pretrained.is_there(checkpoint)
@@ -264,11 +264,6 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if trainer is None or getattr(trainer, "_trial", None) is None:
             return str(args.output_dir)
         return str(trainer._get_output_dir(trainer._trial))
-
-    def _snapshot_folder(self, args: Any) -> Path | None:
-        own = self._run_folder(args)
-        trial = "" if own == str(args.output_dir) else os.path.basename(own)
-        return None if self.snapshots is None else self.snapshots / trial
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the training weights in, or the EMA weights of the best checkpoint."""

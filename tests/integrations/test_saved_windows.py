@@ -8,7 +8,7 @@ from lightning_runs import DECAY as NET_DECAY
 from lightning_runs import fit as fit_net
 from lightning_runs import new
 from reference import same
-from trainers import DECAY, fit, llama, lora, saves, unused_bf16
+from trainers import DECAY, fit, llama, lora, plain, saves, unused_bf16
 
 from ema_optim import EMACallback, EMASnapshots
 from ema_optim.integrations.lightning import EMAWeights
@@ -40,6 +40,14 @@ def test_every_checkpoint_of_the_trainer_has_a_snapshot(build, save_ema, tmp_pat
     fit(build(), tmp_path / "run", callback, save_total_limit=1, **saves(2, evaluate=2))
     assert steps_in(tmp_path / "s") == [2, 4, 6, 8]
     made = EMASnapshots(tmp_path / "s").synthesize(DECAY)
+    assert same(made, callback.get_ema_state())
+
+
+def test_averaged_buffers_are_in_the_snapshots(tmp_path):
+    callback = EMACallback(DECAY, snapshots=tmp_path / "s", use_buffers=True)
+    fit(plain(), tmp_path / "run", callback, **saves(4))
+    made = EMASnapshots(tmp_path / "s").synthesize(DECAY)
+    assert "norm.running_mean" in made
     assert same(made, callback.get_ema_state())
 
 
