@@ -89,8 +89,7 @@ class EMASnapshots:
             raise RuntimeError("save() before the first step: there is no average yet")
         spread = self._check(shadow)
         _on_first(partial(self._make_room, shadow), spread)
-        for name, one in windows_of(shadow).items():
-            average = _average(one)
+        for name, average in averages_of(shadow).items():
             path = self.folder / file_name(name, average.step)
             with no_autograd():
                 parts: dict[str, Part] = {}
@@ -179,7 +178,7 @@ class EMASnapshots:
 
     def _check(self, shadow: ShadowSet) -> bool:
         """Raise as ``save`` does; return whether other ranks wait for what the first one does."""
-        averages = {name: _average(one) for name, one in windows_of(shadow).items()}
+        averages = averages_of(shadow)
         for name, average in averages.items():
             header_of(name, average)
         spread = any(map(is_sharded, shadow.members()))
@@ -217,6 +216,16 @@ def windows_of(shadow: ShadowSet) -> dict[str, ShadowSet]:
     return {"ema": shadow}
 
 
+def averages_of(shadow: ShadowSet) -> dict[str, Average]:
+    """What decides the average of each window."""
+    if any(group.get("ema_decay") is not None for group in shadow.groups):
+        raise ValueError(
+            "a param group must not have its own ema_decay, got one: a file says one decay for all"
+        )
+    when = shadow.step, shadow.update_every, shadow.update_after_step
+    return {name: Average(one.decay, *when) for name, one in windows_of(shadow).items()}
+
+
 def _is_of(snapshot: Snapshot, averages: Mapping[str, Average]) -> bool:
     """Whether a snapshot may be an earlier one of these averages; of other names it may."""
     own = averages.get(snapshot.name, snapshot.average)
@@ -235,14 +244,6 @@ def _source(ema: Door, model: nn.Module | None) -> tuple[ShadowSet, nn.Module]:
     pending.check_model(ema._ema)
     ema._look()
     return ema._ema, own
-
-
-def _average(shadow: ShadowSet) -> Average:
-    if any(group.get("ema_decay") is not None for group in shadow.groups):
-        raise ValueError(
-            "a param group must not have its own ema_decay, got one: a file says one decay for all"
-        )
-    return Average(shadow.decay, shadow.step, shadow.update_every, shadow.update_after_step)
 
 
 def _check_dtype(dtype: object) -> None:

@@ -286,7 +286,7 @@ def test_what_no_file_can_say_is_not_saved(options, steps, error, message, tmp_p
 def test_a_group_with_its_own_decay_is_not_saved(tmp_path):
     run = Run().train(2)
     run.optimizer.param_groups[0]["ema_decay"] = 0.5
-    with pytest.raises(ValueError, match="must not have its own ema_decay"):
+    with pytest.raises(ValueError, match="ema_decay"):
         EMASnapshots(tmp_path).save(run.optimizer, run.model)
 
 
