@@ -143,22 +143,17 @@ class _Constrained:
         edge = (self.scale / self.border)[:, None]
         core = products * self.scale[:, None] * self.scale
         corner = torch.zeros(1, 1, dtype=torch.float64)
-        self.matrix = torch.cat([torch.cat([core, edge], 1), torch.cat([edge.T, corner], 1)])
+        matrix = torch.cat([torch.cat([core, edge], 1), torch.cat([edge.T, corner], 1)])
         # The least squares of least norm, as gelsd has it, kept for further targets: duplicates
         # make the matrix singular, and hundreds of snapshots nearly so.
-        values, self.vectors = torch.linalg.eigh(self.matrix)
+        values, self.vectors = torch.linalg.eigh(matrix)
         least = values.abs().max() * len(values) * torch.finfo(torch.float64).eps
         self.inverse = torch.where(values.abs() > least, 1 / values, 0.0)
 
     def solve(self, right: Tensor) -> Tensor:
         wanted = torch.cat([right * self.scale, 1 / self.border[None]])
-        found = self._apply(wanted)
-        found += self._apply(wanted - self.matrix @ found)
+        found: Tensor = self.vectors @ (self.inverse * (self.vectors.T @ wanted))
         return found[:-1] * self.scale
-
-    def _apply(self, right: Tensor) -> Tensor:
-        found: Tensor = self.vectors @ (self.inverse * (self.vectors.T @ right))
-        return found
 
 
 def factors(average: Average, steps: int) -> Tensor:
