@@ -1,6 +1,8 @@
 """``snapshots=`` of the callbacks: the EMA of every checkpoint, for any window afterwards."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,6 +13,7 @@ from reference import same
 from trainers import DECAY, fit, llama, lora, plain, saves, unused_bf16
 
 from ema_optim import EMACallback, EMASnapshots
+from ema_optim.integrations._snapshots import folder_of
 from ema_optim.integrations.lightning import EMAWeights
 
 pytestmark = [
@@ -64,6 +67,18 @@ def test_a_resumed_training_leaves_the_snapshots_of_an_uninterrupted_one(tmp_pat
     assert steps_in(tmp_path / "resumed") == steps_in(tmp_path / "whole")
     ways = [EMASnapshots(tmp_path / name) for name in ("whole", "resumed")]
     assert same(*(way.synthesize(0.5, step=8, max_error=9) for way in ways))
+
+
+def test_a_second_training_goes_on_in_the_same_folder(tmp_path):
+    callback = EMACallback(DECAY, snapshots=tmp_path / "s")
+    trainer = fit(llama(), tmp_path / "run", callback, **saves(4))
+    trainer.train()
+    assert steps_in(tmp_path / "s") == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize(("run", "own"), [("out", "s"), ("out/run-3", "s/run-3")])
+def test_a_trial_of_a_search_has_its_own_folder(run, own):
+    assert folder_of(Path("s"), SimpleNamespace(output_dir="out"), run) == Path(own)
 
 
 REFUSED = [
