@@ -27,6 +27,7 @@ from .schedules import (
 __all__ = [
     "EMAModel",
     "EMAOptimizer",
+    "EMASnapshots",
     "EMAWarning",
     "compute_optimal_decay",
     "debiased_decay",
@@ -45,10 +46,11 @@ __all__ = [
     "warmup_decay",
 ]
 
-# On demand: the first two import their trainers, the third is seldom needed.
+# On demand: the first two import their trainers, the others are seldom needed.
 _LAZY = {
     "EMACallback": ".integrations.transformers",
     "EMAWeights": ".integrations.lightning",
+    "EMASnapshots": ".snapshots",
     "export_ema": "._tools.export",
 }
 
@@ -56,6 +58,7 @@ if TYPE_CHECKING:  # a type checker would take every name for one that is there
     from ._tools.export import export_ema as export_ema
     from .integrations.lightning import EMAWeights as EMAWeights
     from .integrations.transformers import EMACallback as EMACallback
+    from .snapshots import EMASnapshots as EMASnapshots
 else:
 
     def __getattr__(name):

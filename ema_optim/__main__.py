@@ -12,6 +12,7 @@ import torch
 from ._tools.export import DTYPES, export_ema
 from ._tools.info import info
 from ._version import __version__
+from .schedules import as_decay, power_decay
 
 _PACKAGES = (
     "transformers",
@@ -86,6 +87,21 @@ def _info(args: argparse.Namespace) -> None:
     print("\n".join(info(args.source)))
 
 
+def _synthesize(args: argparse.Namespace) -> None:
+    from ._tools.synthesize import synthesize, table
+
+    decay = args.decay if args.sigma_rel is None else power_decay(args.sigma_rel)
+    if decay is None:
+        print("\n".join(table(args.folder, args.step)))
+        return
+    if args.output is None:
+        raise ValueError("a file must be given to write to, got none: pass -o ema.safetensors")
+    written = synthesize(
+        args.folder, args.output, as_decay(decay), args.step, args.max_error, args.force
+    )
+    print(f"{args.output}: " + ", ".join(f"{key} {value}" for key, value in written.items()))
+
+
 def _plot(args: argparse.Namespace) -> None:
     from ._tools.plot import plot
 
@@ -109,6 +125,19 @@ def _parser() -> argparse.ArgumentParser:
     told = commands.add_parser("info", help="what is in a checkpoint")
     told.set_defaults(run=_info)
     told.add_argument("source", type=Path, metavar="SOURCE", help=_KINDS)
+
+    made = commands.add_parser(
+        "synthesize", help="any window from a folder of snapshots; without one, the told errors"
+    )
+    made.set_defaults(run=_synthesize)
+    made.add_argument("folder", type=Path, metavar="FOLDER", help="what EMASnapshots has saved")
+    window = made.add_mutually_exclusive_group()
+    window.add_argument("--sigma-rel", type=float, help="the width of a power function, 0.12 say")
+    window.add_argument("--decay", type=float, help="a constant decay per optimizer step")
+    made.add_argument("--step", type=int, help="of a snapshot (default: the last)")
+    made.add_argument("--max-error", type=float, default=0.05, help="(default: 0.05)")
+    made.add_argument("-o", "--output", type=Path, help="ema.safetensors, say")
+    made.add_argument("--force", action="store_true", help="replace the output")
 
     plot = commands.add_parser("plot", help="curves of the training weights and of the EMA")
     plot.set_defaults(run=_plot)

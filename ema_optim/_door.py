@@ -19,6 +19,10 @@ class Door:
 
     _ema: ShadowSet
 
+    def _shadows(self) -> list[ShadowSet]:
+        """All that is averaged on one clock by one decay."""
+        return [self._ema]
+
     @property
     def decay(self) -> Decays:
         """The decay, as given at construction: a float, a schedule, or several by name."""

@@ -68,7 +68,7 @@ FLOORS = [
     {"_engines"},
     {"_shadow"},
     {"_checkpoint", "_door"},
-    {"optimizer", "model"},
+    {"optimizer", "model", "snapshots"},
     {"integrations", "_tools", "__init__"},
     {"__main__"},
 ]
@@ -360,6 +360,13 @@ def test_resume_example_is_bit_equal(tmp_path):
 
 def test_batchnorm_example_runs(tmp_path):
     assert "EMA" in example(tmp_path, "batchnorm.py", "--seeds", "2", "--steps", "60")
+
+
+def test_the_window_is_chosen_after_the_training(tmp_path):
+    short = ["--seeds", "1", "--steps", "40", "--points", "3"]
+    printed = example(tmp_path, "choose_window.py", *short)
+    assert printed.count("told error") == 2
+    assert (tmp_path / "choose_window.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class Solver:
             if average._replace(step=0) not in self._decays:
                 self._decays.append(average._replace(step=0))
         self._row = [self._decays.index(average._replace(step=0)) for average in self.inputs]
-        self._systems: dict[int, _System] = {}
+        self._last: tuple[int, _System] | None = None  # one alone: it holds a number per step
 
     def solve(self, target: Average) -> tuple[list[float], float]:
         """Return one coefficient for each input, and the error.
@@ -64,9 +64,9 @@ class Solver:
         used = [index for index, average in enumerate(self.inputs) if average.step <= target.step]
         if not used:
             raise ValueError(f"no average is known at step {target.step} or before it")
-        if target.step not in self._systems:
-            self._systems[target.step] = self._system(used, target.step)
-        found, error = self._systems[target.step].solve(target)
+        if self._last is None or self._last[0] != target.step:
+            self._last = target.step, self._system(used, target.step)
+        found, error = self._last[1].solve(target)
         coefficients = [0.0] * len(self.inputs)
         for index, value in zip(used, found, strict=True):
             coefficients[index] = value
@@ -143,22 +143,17 @@ class _Constrained:
         edge = (self.scale / self.border)[:, None]
         core = products * self.scale[:, None] * self.scale
         corner = torch.zeros(1, 1, dtype=torch.float64)
-        self.matrix = torch.cat([torch.cat([core, edge], 1), torch.cat([edge.T, corner], 1)])
+        matrix = torch.cat([torch.cat([core, edge], 1), torch.cat([edge.T, corner], 1)])
         # The least squares of least norm, as gelsd has it, kept for further targets: duplicates
         # make the matrix singular, and hundreds of snapshots nearly so.
-        values, self.vectors = torch.linalg.eigh(self.matrix)
+        values, self.vectors = torch.linalg.eigh(matrix)
         least = values.abs().max() * len(values) * torch.finfo(torch.float64).eps
         self.inverse = torch.where(values.abs() > least, 1 / values, 0.0)
 
     def solve(self, right: Tensor) -> Tensor:
         wanted = torch.cat([right * self.scale, 1 / self.border[None]])
-        found = self._apply(wanted)
-        found += self._apply(wanted - self.matrix @ found)
+        found: Tensor = self.vectors @ (self.inverse * (self.vectors.T @ wanted))
         return found[:-1] * self.scale
-
-    def _apply(self, right: Tensor) -> Tensor:
-        found: Tensor = self.vectors @ (self.inverse * (self.vectors.T @ right))
-        return found
 
 
 def factors(average: Average, steps: int) -> Tensor:

@@ -79,6 +79,31 @@ def whole_on_first_rank(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files, among those of one training."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not there or torch.distributed.get_rank() == 0
+
+
+def raise_together(error: Exception | None, spread: bool) -> None:
+    """Raise what has failed on the first rank, on every rank where weights are spread over them.
+
+    Args:
+        error: What has failed here; None for nothing.
+        spread: Whether other ranks wait for the answer: all of them call this then.
+
+    Raises:
+        RuntimeError: On the other ranks.
+    """
+    told = [None if error is None else f"{type(error).__name__}: {error}"]
+    if spread:
+        torch.distributed.broadcast_object_list(told, src=0)
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        raise RuntimeError(f"the first rank could not write: {told[0]}")
+
+
 def first_element(param: Tensor) -> int:
     """Where this rank's part begins, when the elements of the whole tensor are numbered through."""
     if not is_sharded(param):

@@ -63,10 +63,9 @@ def ema_state(
         device: Where the copies are to be.
         value_of: Gives what is wanted of a parameter; None for its EMA.
     """
-    value_of = shadow.ema_of if value_of is None else value_of
     with no_autograd():  # one after the other: a device need not hold all of them
         return {
-            name: _whole(shadow, tensor, value_of).to(device)
+            name: whole(shadow, tensor, value_of).to(device)
             for tensor, name in unique_members(shadow, model).items()
         }
 
@@ -122,8 +121,12 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**named_buffers(model), **named_parameters(model)}
 
 
-def _whole(shadow: ShadowSet, param: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
-    return stored(param, value_of(param), whole_format(param.dtype, shadow.dtype))[0]
+def whole(
+    shadow: ShadowSet, param: Tensor, value_of: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """A fresh copy of the EMA weights of one parameter, in one tensor; ``value_of`` as above."""
+    value = shadow.ema_of(param) if value_of is None else value_of(param)
+    return stored(param, value, whole_format(param.dtype, shadow.dtype))[0]
 
 
 def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, options: Options) -> Slot:

@@ -24,10 +24,8 @@ from .buckets import is_dry, make_buckets, params_of
 from .holdings import no_autograd
 from .lanes import Lane
 from .mistakes import BFLOAT16, NOTHING
-from .options import (
-    check_options,
-    format_name,
-)
+from .options import check_options, format_name
+from .origin import Origin
 from .reserved import ReservedKeys
 from .slots import Group, Slot, value_of
 from .windows import Windows
@@ -48,9 +46,10 @@ class ShadowSet(Windows):
         self.compiled: Any = None  # what stands in for the inner step after compile()
         self._known = kinds_of(params_of(self.groups))
         self.keys = ReservedKeys()
+        self.origin = Origin()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"compiled": None, "_known": {}}
+        fresh: dict[str, Any] = {"compiled": None, "_known": {}, "origin": Origin.at(self.step)}
         return {**super().__getstate__(), **fresh}
 
     def begin_step(self, moved: bool = False) -> Lane | None:
@@ -161,6 +160,7 @@ class ShadowSet(Windows):
         self.forget_lanes()
         self.take(slots, swapped)
         self.step, self.held, self._notes = step, held, notes or {}
+        self.origin = Origin.at(step)
 
     def take_notes(self) -> Mapping[str, Any]:
         """The notes of who has saved what was loaded; handed out once after a load."""

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from .parts import Part
+from .._checkpoint.parts import Part
 
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {

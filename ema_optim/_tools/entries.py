@@ -9,8 +9,8 @@ from typing import Any
 from .._arithmetic.formats import FORMATS, Format, format_of
 from .._checkpoint.carry import carried_buffers, notes_of, uncarry
 from .._checkpoint.notes import parse
+from .._checkpoint.parts import Part, plain
 from .._shadow.options import format_name
-from .parts import Part, plain
 from .sources import Source, Tree
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .._arithmetic.average import non_finite
 from .._arithmetic.formats import format_of
+from .._checkpoint.parts import Part
+from .._checkpoint.writer import write
 from .._version import __version__
 from .._warnings import warn
 from .entries import Entry, entries_of
 from .info import facts
 from .models import named
-from .parts import Part
 from .sources import Source, open_source
-from .writer import write
 
 DTYPES = {
     "float32": torch.float32,

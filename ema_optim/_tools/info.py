@@ -6,9 +6,9 @@ from typing import Any
 
 from .._checkpoint.carry import notes_of, uncarry
 from .._checkpoint.notes import parse
+from .._checkpoint.parts import plain
 from .._checkpoint.windows import told
 from .entries import Entry, entries_of
-from .parts import plain
 from .sources import Source, open_source
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .parts import Part
+from .._checkpoint.parts import Part
 
 # Of each tensor that many values are compared.
 _SAMPLE = 1024

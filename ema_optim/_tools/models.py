@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from .._arithmetic.fingerprint import fingerprint, kinds, kinds_of
+from .._checkpoint.parts import unique
 from .entries import Entry
 from .matching import Slot, match
-from .parts import unique
 from .sources import Model, Source, open_models
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .parts import CODES, Part, tree_of
+from .._checkpoint.parts import CODES, Part, tree_of
 
 Tree = dict[str, Any]
 Model = dict[str, Part]

@@ -20,6 +20,7 @@ from .._shadow.buffers import HeldBuffers, Wanted, as_use_buffers, statistics
 from .._shadow.choice import Choice
 from .._shadow.holdings import no_autograd
 from .._shadow.model_groups import BufferGroups
+from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import read_
 from .._shadow.swap_state import Mode
 from .._warnings import warn
@@ -113,6 +114,9 @@ class BufferedEMAOptimizer(EMAOptimizer):
     """The wrapper that a callback makes: with the buffers of the model, where these are wanted."""
 
     buffers: BufferEMA | None = None
+
+    def _shadows(self) -> list[ShadowSet]:
+        return super()._shadows() + ([] if self.buffers is None else self.buffers._shadows())
 
     @property
     def swapped(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from os import PathLike
 from typing import Any, Literal, cast
 
 import torch
@@ -26,6 +27,7 @@ except ImportError:
 
 from . import _buffers
 from ._options import EMAOptions, shown_in_logs
+from ._snapshots import as_folder, check_snapshots, save_snapshots
 from ._verbs import EMAVerbs
 
 
@@ -81,6 +83,9 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
             ``EMAModel`` takes it: True for the running statistics of BatchNorm, a list of names, or
             False. Of several optimizers the steps of the first averaged one count. Default None:
             False, with a warning where statistics go with other weights.
+        snapshots: A folder into which the EMA weights are written whenever a checkpoint is, for
+            ``EMASnapshots``: any window after the training. Of several optimizers each has one in
+            it, ``0``, ``1``, and so on.
         optimizers: Which of several optimizers are averaged, by their positions in what
             ``configure_optimizers`` returns: ``[0]`` for the generator of a GAN. Default None:
             those that are an ``EMAOptimizer`` already, else all.
@@ -100,12 +105,14 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         update_after_step: int = 0,
         dtype: EMADtype = None,
         use_buffers: Wanted | None = None,
+        snapshots: str | PathLike[str] | None = None,
         optimizers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self._options = EMAOptions(decay, update_every, update_after_step, dtype)
         self._use_buffers = _buffers.as_choice(use_buffers)
         self._saved_buffers: Any = None  # in the checkpoint that the fit resumes from
+        self.snapshots = as_folder(snapshots)
         self._wanted = _check_positions(optimizers)
         self._optimizers: list[EMAOptimizer] = []  # of the last fit
         self._averages: Sequence[int] = ()  # their positions
@@ -162,6 +169,7 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         if self._loaded is not None and not trainer.ckpt_path:
             self._hand_over(self._loaded)
         self._loaded = None
+        check_snapshots(self.snapshots, self._optimizers)
         left = trainer.estimated_stepping_batches - trainer.global_step
         for optimizer in self._optimizers:
             report.warn_of_run(optimizer._ema, left)
@@ -199,6 +207,7 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         """Write the EMA weights as ``state_dict``, also in the middle of a validation."""
         if not self._optimizers:
             return
+        save_snapshots(self.snapshots, self._optimizers, pl_module)
         steps = max(optimizer._ema.step for optimizer in self._optimizers)
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(steps, device="cpu")}
         checkpoint["current_model_state"] = checkpoint["state_dict"]

@@ -25,6 +25,7 @@ except ImportError as error:
 from . import _buffers, _pretrained
 from . import _trainer_logs as _logs
 from ._options import EMAOptions, option_of, shown_in_logs
+from ._snapshots import as_folder, check_snapshots, folder_of, save_snapshots
 from ._trainer_hub import check_strategy, push_ema, warn_of_folders
 from ._trainer_optimizer import (
     TrainerEMAOptimizer,
@@ -75,6 +76,8 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             set later.
         save_ema: Whether every checkpoint gets a folder ``checkpoint-N/ema`` that
             ``from_pretrained`` deploys (with PEFT ``checkpoint-N/ema/adapter``). Default True.
+        snapshots: A folder into which the EMA weights are written whenever a checkpoint is, for
+            ``EMASnapshots``: any window after the training. A trial of a search has one in it.
         hub_weights: "training" or "ema", the weights that ``push_to_hub`` pushes, by itself
             (``hub_strategy="every_save"``) and as ``trainer.push_to_hub()``.
 
@@ -98,6 +101,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         use_buffers: Wanted | None = None,
         evaluate_with: Literal["ema", "training", "both"] = "ema",
         save_ema: bool = True,
+        snapshots: str | os.PathLike[str] | None = None,
         hub_weights: Literal["training", "ema"] = "training",
     ) -> None:
         super().__init__()
@@ -112,7 +116,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         self.use_buffers = _buffers.as_choice(use_buffers)
         self.optimizer: EMAOptimizer | None = None
         self.evaluate_with, self.save_ema = evaluate_with, save_ema
-        self.hub_weights = hub_weights
+        self.hub_weights, self.snapshots = hub_weights, as_folder(snapshots)
         self._saved = ""  # the checkpoint beside which the EMA weights were written last
         self._trainer: Any = None  # a weak reference to the Trainer of the last training
 
@@ -158,6 +162,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if self._loaded is not None and not state.global_step:
             self._hand_over(self._loaded)
         self._loaded = None
+        check_snapshots(folder_of(self.snapshots, args, self._run_folder(args)), [self.optimizer])
         self._begin_pushing(args, state, control, kwargs)
         report.warn_of_run(self.optimizer._ema, state.max_steps - state.global_step)
 
@@ -230,13 +235,17 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the EMA weights beside the checkpoint that was just written."""
-        if self.optimizer is None or not self.save_ema:
+        if self.optimizer is None:
             return
         model, checkpoint = kwargs["model"], f"checkpoint-{state.global_step}"
         checkpoint = os.path.join(self._run_folder(args), checkpoint)
         if checkpoint == self._saved:
             return  # before it was pushed
         self._saved = checkpoint
+        own = folder_of(self.snapshots, args, self._run_folder(args))
+        save_snapshots(own, [self.optimizer], model)
+        if not self.save_ema:
+            return
         writes = args.should_save and _pretrained.is_there(checkpoint)
         if not writes and not _pretrained.sharded(model):
             return

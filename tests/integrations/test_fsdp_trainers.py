@@ -14,7 +14,7 @@ from sharded_trainers import STATES, accelerated, class_of, sharded_fit, steps
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from ema_optim import EMACallback
+from ema_optim import EMACallback, EMASnapshots
 
 # Accelerate 1.10 does not bring back the sharded state of a bare optimizer either.
 pytest.importorskip("accelerate", "1.15", reason="the version with which this was run")
@@ -101,10 +101,14 @@ def test_a_sharded_trainer_ends_with_the_ema_weights_of_the_best_checkpoint(worl
 
     options = {**saves(2, evaluate=2), **class_of(True)}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    trainer = sharded_fit(llama(), tmp_path, EMACallback(), **options)
+    callback = EMACallback(snapshots=tmp_path / "s")
+    trainer = sharded_fit(llama(), tmp_path, callback, **options)
     best = LlamaForCausalLM.from_pretrained(trainer.state.best_model_checkpoint + "/ema")
     assert equal(whole_weights(trainer.model), dict(best.named_parameters()))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-4)
+    ema = callback.get_ema_state()
+    made = EMASnapshots(tmp_path / "s").synthesize(callback.optimizer.decay, 8)
+    assert dist.get_rank() or equal(made, ema)
 
 
 @of_transformers_5

@@ -21,26 +21,31 @@ _NAMES = {dtype: code for code, dtype in CODES.items()}
 _ALIGNMENT = 8
 
 
-def write(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]) -> None:
+def in_order(parts: Mapping[str, Part]) -> list[str]:
+    """The names in the order in which ``write`` loads them."""
+    # Wider ones first: every tensor is aligned then.
+    return sorted(parts, key=lambda name: -_size(parts[name]))
+
+
+def write(
+    path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str], quiet: bool = False
+) -> None:
     """Write tensors under another name, check the file and rename it.
 
     Args:
         path: The file; one that is there is replaced.
         parts: By name. Each is loaded once, when it is its turn.
         metadata: For the header.
+        quiet: Whether to show no progress. Default: it is shown on a terminal.
     """
     from safetensors import safe_open
     from tqdm import tqdm
 
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    # Wider ones first: every tensor is aligned then.
-    order = sorted(parts, key=lambda name: -_size(parts[name]))
-    total = sum(_bytes(part) for part in parts.values())
+    order, total = in_order(parts), sum(_bytes(part) for part in parts.values())
+    shown = {"unit": "B", "unit_scale": True, "disable": quiet or None, "desc": path.name}
     try:
-        with (
-            open(aside, "wb") as file,
-            tqdm(total=total, unit="B", unit_scale=True, disable=None, desc=path.name) as bar,
-        ):
+        with open(aside, "wb") as file, tqdm(total=total, **shown) as bar:
             file.write(_header({name: parts[name] for name in order}, metadata))
             for name in order:
                 bar.update(_put(file, parts[name]))
