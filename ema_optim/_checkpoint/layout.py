@@ -75,6 +75,7 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
     That of a model is never written while swapped, and needs no room for the training weights.
     """
     groups = shadow.groups
+    shadow.offload.settle()
     warn_skipped(shadow)
     shadow.look_at_memory()
     shadow.renew_placeholders()
@@ -93,7 +94,7 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
             elif "ema_weights" in entries and param not in shadow.swapped:
                 # A copy: a distributed load writes into the tensors of a state dict, and these
                 # must not be the model's own.
-                entries["ema_weights"] = entries["ema_weights"].clone()
+                entries["ema_weights"] = _writable(shadow, param, entries["ema_weights"])
             _refuse_taken(state.get(key, {}), "the inner optimizer")
             state[key] = {**state.get(key, {}), **entries}
     pairs = list(zip(groups, packed["param_groups"], strict=True))
@@ -108,6 +109,13 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
         for index, ((group, saved), ours) in enumerate(zip(pairs, unique, strict=True))
     ]
     return {**packed, "state": state, "param_groups": marked}
+
+
+def _writable(shadow: ShadowSet, param: Tensor, weights: Tensor) -> Tensor:
+    # What it holds is of no use while nothing is swapped: beside an EMA in host memory that is
+    # some memory of its form.
+    slot = shadow.find(param)
+    return weights.clone() if slot is None or slot.staging is None else slot.staging
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict]]:

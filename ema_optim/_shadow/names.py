@@ -53,6 +53,7 @@ def ema_state(
     shadow: ShadowSet, model: nn.Module, device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
     """Fresh copies of the EMA weights, one entry for each unique tensor of the model."""
+    shadow.offload.settle()
     with no_autograd():  # one after the other: a device need not hold all of them
         return {
             name: _whole(shadow, tensor).to(device)
@@ -111,7 +112,10 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(shadow: ShadowSet, param: Tensor) -> Tensor:
-    return stored(param, shadow.ema_of(param), whole_format(param.dtype, shadow.dtype))[0]
+    format, ema = whole_format(param.dtype, shadow.dtype), shadow.ema_of(param)
+    if shadow.offload.serves(param):
+        return ema.to("cpu", format.main, copy=True)
+    return stored(param, ema, format)[0]
 
 
 def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, options: Options) -> Slot:

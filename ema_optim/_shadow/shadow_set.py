@@ -67,6 +67,7 @@ class ShadowSet(Births):
             initialisation of distributed checkpoints, which is made before the weights are loaded.
         """
         self.keys.refuse()
+        self.offload.before_write()
         groups = self.groups
         lane = self._lane(groups)
         if self.sees_steps and not moved:
@@ -114,6 +115,9 @@ class ShadowSet(Births):
                 begins = bucket.is_placeholder or not self.sees_steps
                 if begins and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
+        # The next write is not ours, or comes so soon that little is gained.
+        if not self.sees_steps or self.update_every == 1:
+            self.offload.hold_writes()
         lane.mark(self._step)
 
     def has_stepped(self) -> bool:
@@ -146,6 +150,7 @@ class ShadowSet(Births):
             held: What that model held, see ``pending``.
             notes: Of who has saved them, see ``take_notes``.
         """
+        self.offload.forget()
         self.forget_lanes()
         self.take(slots, swapped)
         self.step, self.held, self._notes = step, held, notes or {}
@@ -230,7 +235,8 @@ class ShadowSet(Births):
             self.warned.once("bfloat16", BFLOAT16)
         with no_autograd():
             every, clock_of = self.update_every, self.clock_of
-            buckets = make_buckets(groups, self.slots, self.options, every, clock_of)
+            offload = self.offload
+            buckets = make_buckets(groups, self.slots, self.options, every, clock_of, offload)
             for bucket in buckets if self.skip_non_finite else ():
                 bucket.watch()
             for bucket in buckets:
