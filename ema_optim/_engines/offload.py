@@ -125,8 +125,7 @@ class Offload:
         return cls(None if device is None else Accelerator())
 
     def __reduce__(self) -> Any:
-        made = None if self._accelerator is None else type(self._accelerator)()
-        return Offload, (made,)
+        return _offload_of, (None if self._accelerator is None else type(self._accelerator),)
 
     def serves(self, param: Tensor) -> bool:
         """Whether the EMA of a parameter is to be in host memory, unlike the parameter."""
@@ -235,6 +234,10 @@ class Offload:
 
     def _read_waits_for_worker(self) -> None:
         self._look_at_jobs(lambda job: True)
+
+
+def _offload_of(kind: Any) -> Offload:
+    return Offload(None if kind is None else kind())
 
 
 class Staging:
