@@ -285,8 +285,8 @@ def decode_across_(format: Format, targets: Tensors, mains: Tensors, lows: Tenso
         mains_, targets_, *lows_ = columns(batch)
         size = sum(map(Tensor.numel, mains_))
         if buffer is None or len(buffer) < size:
-            pinned = targets_[0].device.type != "cpu"
-            buffer = torch.empty(size, dtype=targets_[0].dtype, pin_memory=pinned)
+            options: Any = {"device": "cpu", "pin_memory": targets_[0].device.type != "cpu"}
+            buffer = torch.empty(size, dtype=targets_[0].dtype, **options)
         values = carve(buffer, mains_)
         format.decode_(values, mains_, *(lows_ or [[]]))
         torch._foreach_copy_(targets_, values)

@@ -1,9 +1,11 @@
 """The EMA in host memory: its five waits in every order, and the whole of it on a late CPU."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from interrupts import Interrupt, Run, Tracer
 from offloads import Cell, Early, Late, Threaded, World, every_order, on_host
 from reference import same, through_file
 from torch import nn
@@ -12,6 +14,7 @@ from torch.optim import SGD, AdamW
 from ema_optim import EMAModel, EMAOptimizer
 from ema_optim._arithmetic.formats import FORMATS, format_of
 from ema_optim._engines.offload import Offload, decode_across_
+from ema_optim.integrations._options import EMAOptions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the EMA still holds"),  # runs of a few steps
@@ -232,6 +235,21 @@ def test_a_swap_parks_the_training_weights_in_the_staging():
         assert all(slot.parked is slot.staging for slot in ours._ema.slots.values())
 
 
+def interrupted_run(*at):
+    run, tracer = on_host(Run, torch.bfloat16, accelerator=Early), Tracer(*at)
+    with contextlib.suppress(Interrupt):
+        tracer.run(run.block)
+    return run, tracer.lines
+
+
+def test_a_swap_that_is_interrupted_at_any_line_loses_nothing():
+    lines = interrupted_run()[1]
+    for at in range(1, lines + 1, 2):
+        run, _ = interrupted_run(at)
+        run.block()
+        assert run.whole(), at
+
+
 def test_apply_makes_the_ema_the_weights():
     runs = pair()
     for run in runs:
@@ -346,6 +364,39 @@ REFUSED = [
 def test_what_cannot_be_in_host_memory_is_refused(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+def test_a_live_teacher_is_refused_with_the_remedy():
+    ema = on_host(EMAModel, net())
+    with pytest.raises(RuntimeError, match=r"leave device out.*swap_ema_weights"):
+        ema(torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match=r"leave device out.*swap_ema_weights"):
+        ema.get_ema_state(copy=False)
+
+
+def test_the_callbacks_hand_the_device_on():
+    options = EMAOptions(0.9, device=torch.device("cpu"))
+    own = EMAOptimizer(parameter(torch.ones(1)), 0.9)
+    assert options.resolved(10)["device"] == "cpu"
+    with pytest.raises(ValueError, match="device must be that of the EMAOptimizer"):
+        options.check_same(own, 10, "that was passed")
+    with pytest.raises(ValueError, match="device must be None"):
+        EMAOptions(device="cuda:1")
+
+
+# Dynamo imports what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+def test_a_compiled_step_leaves_the_average_to_the_worker():
+    (model, ours), reference = pair()
+    compiled = ours._ema
+    ours.compile(backend="eager")
+    for run in ((model, ours), reference):
+        move(*run, 4)
+    assert compiled.compiled._traced
+    for ema, expected in zip(
+        *(o.get_ema_state(m).values() for m, o in ((model, ours), reference)), strict=True
+    ):
+        torch.testing.assert_close(ema, expected)
 
 
 def test_a_group_without_an_ema_may_hold_what_cannot_be_in_host_memory():
