@@ -55,11 +55,11 @@ class EMAOptimizer(InnerDoor):
             for every narrower float (rounded to nearest an EMA would stop moving), else the
             parameter's own dtype.
         device: ``"cpu"`` keeps the EMA in pinned host memory, averaged by a worker thread while the
-            training goes on: no byte of the accelerator's. Default None: beside the weights; for
-            weights on a CPU both are the same. Of FSDP2 a sharded checkpoint loads; a full state
-            dict is refused by torch ("Device mismatch", nothing has changed then): gather with
-            ``get_ema_state`` and load with ``load_ema_state``. A write to weights between two steps
-            needs ``update_every=1``, which waits for the copy.
+            training goes on: no byte of it on the accelerator. With ``update_every=1`` every step
+            waits for a copy of the weights; from 2 on a write by hand between two steps raises.
+            Sharded checkpoints load; a full state dict is refused by torch ("Device mismatch",
+            nothing has changed then): load the EMA with ``load_ema_state``. Default None: beside
+            the weights; of weights on a CPU both are the same.
         skip_non_finite: Whether an element whose weight is NaN or infinite keeps its EMA at that
             update, so that a run that goes back to good weights has a good EMA; the next swap,
             metrics or save warns once, with the names. An update on a CPU takes 1.5 to 2.4 times as
