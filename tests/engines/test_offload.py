@@ -154,9 +154,17 @@ def test_the_ema_in_host_memory_is_the_ordinary_one(dtype, format, every, accele
         assert same(*(told(*run) for run in runs))
 
 
+OPTIONS = [
+    {"decay": lambda u: u / (u + 9)},
+    {"update_after_step": 3},
+    {"skip_non_finite": True},
+]
+
+
 @each_dtype
-def test_a_schedule_and_a_late_start_are_the_ordinary_ones(dtype):
-    runs = pair(dtype, decay=lambda u: u / (u + 9), update_after_step=3)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+def test_other_options_are_those_of_the_ordinary_one(dtype, options):
+    runs = pair(dtype, **options)
     for model, optimizer in runs:
         move(model, optimizer, 7)
     assert same(*(told(*run) for run in runs))
