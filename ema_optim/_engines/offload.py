@@ -60,10 +60,8 @@ class Accelerator:
         return self._sides[device]
 
     def event(self, stream: Any) -> Any:
-        """An event at the end of what is on a stream now; who waits for it does not spin."""
-        event = torch.Event(stream.device, blocking=True)
-        stream.record_event(event)
-        return event
+        """An event at the end of what is on a stream now."""
+        return stream.record_event()
 
     def copy_(self, targets: Tensors, sources: Tensors, stream: Any) -> None:
         """Copy on a stream, without waiting for it."""
