@@ -236,6 +236,17 @@ def test_a_copy_has_every_update_in_it():
     assert same(told(copied_model, copied), told(*reference))
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_steps_that_were_made_elsewhere_are_averaged_as_ever(every):
+    runs = pair(update_every=every)
+    for model, optimizer in runs:
+        move(model, optimizer, 1)
+        for _ in range(5):
+            move(model, optimizer.inner, 1)
+            optimizer.update()
+    assert same(*(told(*run) for run in runs))
+
+
 def test_a_swap_parks_the_training_weights_in_the_staging():
     (model, ours), _ = pair()
     move(model, ours, 2)
