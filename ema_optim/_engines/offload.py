@@ -109,10 +109,14 @@ class Offload:
     Args:
         accelerator: Where streams, events and the worker come from; None where nothing is to be
             averaged on the host.
+
+    Attributes:
+        at_once: Whether writes are to wait for the copies of a step as soon as it has ended.
     """
 
     def __init__(self, accelerator: Any = None) -> None:
         self._accelerator = accelerator
+        self.at_once = True
         self._copies: list[tuple[torch.device, _Copy]] = []
         self._jobs: list[Future[None]] = []
         self._failure: RuntimeError | None = None

@@ -36,7 +36,6 @@ def count_step(shadow: ShadowSet) -> None:
     with shadow.swap.alone("update()"):
         _check(shadow)
         shadow.finish_step(shadow.begin_step(moved=True))
-        shadow.offload.hold_writes()  # the next write may be made elsewhere as well
 
 
 def _check(shadow: ShadowSet) -> None:

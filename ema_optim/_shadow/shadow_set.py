@@ -68,6 +68,8 @@ class ShadowSet(Births):
         """
         self.keys.refuse()
         self.offload.before_write()
+        # The next write is not ours either; or it may be one by hand, with every step averaged.
+        self.offload.at_once = moved or not self.sees_steps or self.update_every == 1
         groups = self.groups
         lane = self._lane(groups)
         if self.sees_steps and not moved:
@@ -115,8 +117,7 @@ class ShadowSet(Births):
                 begins = bucket.is_placeholder or not self.sees_steps
                 if begins and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
-        # The next write is not ours, or comes so soon that little is gained.
-        if not self.sees_steps or self.update_every == 1:
+        if self.offload.at_once:
             self.offload.hold_writes()
         lane.mark(self._step)
 
