@@ -64,6 +64,7 @@ def ema_state(
         value_of: Gives what is wanted of a parameter; None for its EMA.
     """
     value_of = shadow.ema_of if value_of is None else value_of
+    shadow.offload.settle()
     with no_autograd():  # one after the other: a device need not hold all of them
         return {
             name: _whole(shadow, tensor, value_of).to(device)
@@ -123,7 +124,10 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(shadow: ShadowSet, param: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
-    return stored(param, value_of(param), whole_format(param.dtype, shadow.dtype))[0]
+    format, ema = whole_format(param.dtype, shadow.dtype), value_of(param)
+    if shadow.offload.serves(param):
+        return ema.to("cpu", format.main, copy=True)
+    return stored(param, ema, format)[0]
 
 
 def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, options: Options) -> Slot:
