@@ -422,3 +422,22 @@ def test_a_group_without_an_ema_may_hold_what_cannot_be_in_host_memory():
     complex_ = {"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}
     groups = [{"params": [nn.Parameter(torch.ones(2))]}, {**complex_, "ema_enabled": False}]
     on_host(EMAOptimizer, SGD(groups, lr=0.1))
+
+
+@each_worker
+@each_dtype
+@pytest.mark.parametrize("format", [None, *FORMATS])
+def test_every_window_in_host_memory_is_the_ordinary_one(dtype, format, accelerator):
+    runs = pair(dtype, accelerator, dtype=format, decay={"short": 0.25, "long": 0.5})
+    found = []
+    for model, optimizer in runs:
+        move(model, optimizer, 6)
+        for decay in ("long", 0.4):
+            which = {"decay": decay, "max_error": 0.5}
+            with optimizer.swap_ema_weights(**which):
+                found.append([p.detach().clone() for p in model.parameters()])
+            found.append(optimizer.get_ema_state(model, **which))
+        move(model, optimizer, 3)
+        found += [*told(model, optimizer), [e["ema:long"] for e in optimizer.state.values()]]
+    half = len(found) // 2
+    assert same(found[:half], found[half:])
