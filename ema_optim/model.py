@@ -49,6 +49,8 @@ class EMAModel(Door):
             training weights. Default 0.
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``. Default None: fp32 for every
             narrower float, else the tensor's own dtype.
+        device: ``"cpu"`` keeps the EMA in pinned host memory, as for ``EMAOptimizer``. Default
+            None: beside the weights.
         skip_non_finite: Whether an element whose weight is NaN or infinite keeps its EMA at that
             update, as for ``EMAOptimizer``. Default False.
 
@@ -81,13 +83,16 @@ class EMAModel(Door):
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        device: torch.device | str | None = None,
         skip_non_finite: bool = False,
     ) -> None:
         mistakes.check_model(model)
         self.model = model
         self._source = self._groups_of(model, use_buffers)
         settings = self._source, decay, update_every, update_after_step, dtype
-        self._ema = ShadowSet(*settings, skip_non_finite=skip_non_finite, sees_steps=False)
+        self._ema = ShadowSet(
+            *settings, skip_non_finite=skip_non_finite, sees_steps=False, device=device
+        )
         self._movement = Movement()
         self.reset()
         warn_of_tau(decay)

@@ -58,6 +58,12 @@ class EMAOptimizer(InnerDoor):
             ``"float32_compensated"`` (6 bytes) for decays of 0.9999 and more. Default None: fp32
             for every narrower float (rounded to nearest an EMA would stop moving), else the
             parameter's own dtype.
+        device: ``"cpu"`` keeps the EMA in pinned host memory, averaged by a worker thread while the
+            training goes on: no byte of it on the accelerator. With ``update_every=1`` every step
+            waits for a copy of the weights; from 2 on a write by hand between two steps raises.
+            Sharded checkpoints load; a full state dict is refused by torch ("Device mismatch",
+            nothing has changed then): load the EMA with ``load_ema_state``. Default None: beside
+            the weights; of weights on a CPU both are the same.
         skip_non_finite: Whether an element whose weight is NaN or infinite keeps its EMA at that
             update, so that a run that goes back to good weights has a good EMA; the next swap,
             metrics or save warns once, with the names. An update on a CPU takes 1.5 to 2.4 times as
@@ -86,6 +92,7 @@ class EMAOptimizer(InnerDoor):
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        device: torch.device | str | None = None,
         skip_non_finite: bool = False,
         module: nn.Module | None = None,
     ) -> None:
@@ -93,8 +100,16 @@ class EMAOptimizer(InnerDoor):
         nested.check_served(optimizer)
         check_groups(optimizer.param_groups)
         shadow = ShadowSet(
-            optimizer, decay, update_every, update_after_step, dtype, module, skip_non_finite
+            optimizer,
+            decay,
+            update_every,
+            update_after_step,
+            dtype,
+            module,
+            skip_non_finite,
+            device=device,
         )
+        shadow.check_offload()
         warn_of_tau(decay)
         if layout.clear_reserved(optimizer):
             shadow.warned.add("cold")

@@ -59,11 +59,12 @@ class Tracer:
 class Run:
     """Two parameters, one of them in ``dtype``, with an average that differs from the weights."""
 
-    def __init__(self, dtype=torch.float32, door=EMAOptimizer):
+    def __init__(self, dtype=torch.float32, door=EMAOptimizer, **options):
         torch.manual_seed(0)
         self.model = torch.nn.ParameterList([torch.randn(3), torch.randn(2, dtype=dtype)])
         inner = SGD(self.model.parameters(), lr=0.1)
-        self.ema = EMAOptimizer(inner, 0.1) if door is EMAOptimizer else EMAModel(self.model, 0.1)
+        of = inner if door is EMAOptimizer else self.model
+        self.ema = door(of, 0.1, **options)
         self.inner, self.params = inner, list(self.model)
         for p in self.params:
             p.grad = torch.ones_like(p)

@@ -14,4 +14,4 @@ OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q -p no:cacheprovider \
     tests/arithmetic tests/checkpoint/test_{carry,checkpoint,kill,moved_state,state,strip}.py \
     tests/doors/test_{followed,model,model_checkpoint,model_swap,non_interference}.py \
     tests/doors/test_{optimizer,parameters,schedules,torch_contract}.py \
-    tests/shadow/test_{buffers,memory,movement,names,report,storage,swap}.py
+    tests/shadow/test_{buffers,memory,movement,names,report,storage,swap}.py tests/engines/test_offload.py

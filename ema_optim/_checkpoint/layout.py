@@ -84,6 +84,7 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
             "the block of swap_ema_weights(decay=...) first"
         )
     groups = shadow.groups
+    shadow.offload.settle()
     warn_skipped(shadow)
     shadow.look_at_memory()
     shadow.renew_placeholders()
@@ -102,7 +103,7 @@ def merge(packed: StateDict, shadow: ShadowSet) -> StateDict:
             elif "ema_weights" in entries and param not in shadow.swapped:
                 # A copy: a distributed load writes into the tensors of a state dict, and these
                 # must not be the model's own.
-                entries["ema_weights"] = entries["ema_weights"].clone()
+                entries["ema_weights"] = _writable(shadow, param, entries["ema_weights"])
             _refuse_taken(state.get(key, {}), "the inner optimizer")
             state[key] = {**state.get(key, {}), **entries}
     pairs = list(zip(groups, packed["param_groups"], strict=True))
@@ -128,6 +129,13 @@ def ours_of(entries: Iterable[Any]) -> list[Any]:
     """The keys of a parameter's state that are the EMA's."""
     start = windows.PREFIX
     return [k for k in entries if k in STATE_KEYS or (isinstance(k, str) and k.startswith(start))]
+
+
+def _writable(shadow: ShadowSet, param: Tensor, weights: Tensor) -> Tensor:
+    # What it holds is of no use while nothing is swapped: beside an EMA in host memory that is
+    # some memory of its form.
+    slot = shadow.find(param)
+    return weights.clone() if slot is None or slot.staging is None else slot.staging
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict]]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .._arithmetic.formats import FORMATS, format_of
-from .._engines.quantized import copy_like
 from .._shadow.holdings import no_autograd
 from .._shadow.mistakes import for_checkpoint
 from .._shadow.options import Options, check_low, check_options, check_tensor, format_name
@@ -186,8 +185,8 @@ class _Entry:
         """
         param, (main, low) = self.param, parts
         format = format_of(main.dtype, None if low is None else low.dtype)
-        kept = self.saved.get("ema_weights")
-        slot = Slot.of(param, parts, format, None if kept is None else copy_like(param, kept))
+        host = shadow.offload.serves(param)
+        slot = Slot.of(param, parts, format, self.saved.get("ema_weights"), host)
         if self.is_first and slot.parked is None and shadow.parks(param, slot):
             raise ValueError(
                 f"ema_weights of {self.label} must be in a checkpoint written while swapped, got "

@@ -69,6 +69,15 @@ def copy_part_(target: Tensor, value: Tensor, param: Tensor) -> None:
         local(target).copy_(part_for(param, value))
 
 
+def with_part(param: Tensor, part: Tensor) -> Tensor:
+    """A tensor spread like ``param``, of which this rank holds ``part``, on whatever device."""
+    if not is_sharded(param):
+        return part
+    made: Any = torch.empty_like(param, dtype=part.dtype, device=part.device, requires_grad=False)
+    made._local_tensor = part  # from_local() would move it to the device of the mesh
+    return made  # type: ignore[no-any-return]
+
+
 def whole_on_first_rank(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU, gathered one at a time; of DTensors, on the first rank alone."""
     whole = {}
@@ -204,6 +213,7 @@ def sum_over_ranks(numbers: Tensor, spread: Spread) -> Tensor:
         return numbers
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
+    numbers = numbers.to(spread[0].device_type)  # that of tensors in host memory may not be
     # Over a mesh dimension that holds copies the numbers are the same on every rank.
     placements = [Partial() if split else Replicate() for split in spread[1]]
     return DTensor.from_local(numbers, spread[0], placements, run_check=False).full_tensor()

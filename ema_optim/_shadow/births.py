@@ -30,6 +30,11 @@ class Births(Holdings):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_lanes": Lanes()}
 
+    def check_offload(self) -> None:
+        """Raise TypeError for what is to have an EMA in host memory and cannot."""
+        groups = (group for group in self.groups if self.options.of(group).enabled)
+        self.offload.check(param for group in groups for param in group["params"])
+
     def members(self) -> list[Tensor]:
         """Unique parameters that have, or at the next step will have, an EMA."""
         return list(dict.fromkeys([*chain(*map(self._followed, self.groups)), *self.absent.keys()]))
@@ -46,7 +51,9 @@ class Births(Holdings):
             steps: The clock of its group; None for the largest.
         """
         kept = (param, None) if parts is None else parts
-        slot = Slot.of(param, kept, ema_format(param.dtype, options.dtype))
+        self.offload.check([param])
+        format, host = ema_format(param.dtype, options.dtype), self.offload.serves(param)
+        slot = Slot.of(param, kept, format, host=host)
         slot.counter.steps = self.step if steps is None else steps
         return slot
 
@@ -103,7 +110,7 @@ class Births(Holdings):
         for param, slot in self.slots.items():
             if self.waits(slot):
                 with no_autograd():
-                    slot.ema, slot.low = stored(param, param, slot.format)
+                    slot.ema, slot.low = stored(param, param, slot.format, slot.host)
                 self._lanes.clear()
 
     def look_after_slots(self, groups: Sequence[Group]) -> None:
@@ -136,10 +143,10 @@ class Births(Holdings):
         if slot.ema.shape != param.shape:
             self.warn_of_shape(param)
             return None
-        wanted = ema_format(param.dtype, options.dtype)
-        moved = slot.ema.device != param.device
+        wanted, host = ema_format(param.dtype, options.dtype), self.offload.serves(param)
+        moved = not slot.lies(param, host)
         if moved or (slot.format != wanted and param not in self.swapped):
-            slot.convert(param, wanted)
+            slot.convert(param, wanted, host)
         return slot
 
     def warn_of_shape(self, param: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._arithmetic.formats import Format, Update
 from .._arithmetic.fused import Plan, plan_for
 from .._arithmetic.guard import guarded_update_
 from .._arithmetic.noise import Words
+from .._engines.offload import Offload, Staging
 from .._engines.quantized import dense, is_quantized
 from .._engines.sharding import PLAIN, first_element, is_sharded, local, local_parts
 from ..schedules import Decay, decay_factor
@@ -29,7 +31,8 @@ class Bucket:
     """Slots that one multi-tensor call can update: same devices, dtypes, decay and counts.
 
     ``emas`` (and ``lows``, see ``Slot``) are the tensors of this rank, ``weights()`` their weights;
-    ``starts`` number their elements, see ``formats.Update``. ``met`` is there where non-finite
+    ``starts`` number their elements, see ``formats.Update``. ``staging`` is there where the EMA is
+    in host memory and the weights are not (a worker thread averages then), ``met`` where non-finite
     weights are to be skipped, see ``guard``.
     """
 
@@ -38,6 +41,7 @@ class Bucket:
     format: Format
     sharded: bool = False
     quantized: bool = False
+    staging: Staging | None = None
     casts: Casts | None = None
     met: Tensor | None = None
     words: Words | None = None
@@ -55,6 +59,8 @@ class Bucket:
         self.starts.append(start)
         if slot.low is not None:
             self.lows.append(local(slot.low))
+        if self.staging is not None and slot.staging is not None:
+            self.staging.add(slot.staging)
 
     @property
     def is_placeholder(self) -> bool:
@@ -74,10 +80,10 @@ class Bucket:
         update, weights = self._update(factor), self.weights()
         if self.plan is not None and self.plan.aim(weights, factor):
             self.plan.launch(update)
-        elif self.met is None:
-            self.format.update_(self.emas, self.lows, weights, update)
+        elif self.staging is None:
+            self._updates(update)(weights)
         else:
-            guarded_update_(self.format, (self.emas, self.lows), weights, update, self.met)
+            self.staging.average(weights, self._updates(update))
         self.counter.share *= factor
 
     def watch(self) -> None:
@@ -90,7 +96,8 @@ class Bucket:
 
     def fuse(self) -> None:
         """Have a kernel make the updates from now on, where there is one for them."""
-        if not self.quantized:  # such weights are made for the moment
+        # Quantized weights are made for the moment; what is in host memory a worker averages.
+        if not self.quantized and self.staging is None:
             dtype, starts = self.params[0].dtype, self.starts
             self.plan = plan_for(self.format, self.emas, self.lows, starts, dtype, self.met)
 
@@ -111,9 +118,19 @@ class Bucket:
     def _update(self, factor: float) -> Update:
         return Update(factor, self.counter.steps, self.starts, self.casts, self.words)
 
+    def _updates(self, update: Update) -> Callable[[list[Tensor]], None]:
+        """What is to be called with the weights, in this thread or another."""
+        if self.met is None:
+            return partial(self.format.update_, self.emas, self.lows, update=update)
+        parts = self.emas, self.lows
+        return partial(guarded_update_, self.format, parts, update=update, met=self.met)
+
     def seed(self) -> None:
         """Begin at the weights."""
-        self.format.encode_(self.emas, self.lows, self.weights())
+        weights = self.weights()
+        if self.staging is not None:
+            weights = self.staging.fetched(weights)
+        self.format.encode_(self.emas, self.lows, weights)
 
     def weights(self) -> list[Tensor]:
         if self.sharded:
@@ -132,6 +149,7 @@ def make_buckets(
     options: Options,
     every: int,
     clock_of: Callable[[Group], int],
+    offload: Offload,
 ) -> list[Bucket]:
     """Sort the slots of param groups into buckets.
 
@@ -141,6 +159,7 @@ def make_buckets(
         options: Those of a group without any of its own.
         every: Optimizer steps between two updates.
         clock_of: The clock of a group.
+        offload: Averages what is in host memory.
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     seen: set[Tensor] = set()
@@ -160,13 +179,16 @@ def make_buckets(
                 source = id(decay) if callable(decay) else decay
                 counter = Counter(clock, age, share)
                 made = Bucket(decay, counter, slot.format, sharded, alone is not None)
-                key = (*kind, source, clock, stage, share == 0.0)
+                made.staging = offload.staging() if slot.host else None
+                key = (*kind, slot.host, source, clock, stage, share == 0.0)
                 bucket = buckets.setdefault(key, made)
                 slot.count_with(bucket.counter, age, share)
                 bucket.add(param, slot, first + first_element(param) if sharded else first)
             seen.add(param)
             first += 0 if slot is None and is_lazy(param) else param.numel()
-    _share_scratch(buckets.values())
+    _share_scratch(bucket for bucket in buckets.values() if bucket.staging is None)
+    # The worker has its own: it averages while others do.
+    _share_scratch(bucket for bucket in buckets.values() if bucket.staging is not None)
     return list(buckets.values())
 
 

@@ -225,7 +225,7 @@ def _settings(params: Sequence[Tensor]) -> Any:
 
 def _fits(bucket: Bucket, factor: float) -> bool:
     # The ends are exact in eager mode: a NaN or an infinity would come through a weight of 0.
-    own_way = bucket.sharded or bucket.quantized or bucket.format.rounds
+    own_way = bucket.sharded or bucket.quantized or bucket.format.rounds or bucket.staging
     if own_way or not 0.0 < factor < 1.0:
         return False
     return bucket.emas[0].is_floating_point()

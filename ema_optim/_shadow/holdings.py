@@ -33,7 +33,7 @@ class Holdings(Settings):
     """The slots of a shadow set, and the state of its swap.
 
     Attributes:
-        slots: By parameter.
+        slots: By parameter. Whoever looks at them waits for the updates in host memory.
         absent: The slots of parameters that have left the groups, for as long as somebody else has
             them. Weak only then: ``torch.utils.swap_tensors`` refuses a tensor that is referred to
             weakly.
@@ -44,7 +44,7 @@ class Holdings(Settings):
 
     def __init__(self, *settings: Any, **named: Any) -> None:
         super().__init__(*settings, **named)
-        self.slots: dict[Tensor, Slot] = {}
+        self._slots: dict[Tensor, Slot] = {}
         self.absent: Any = WeakTensorKeyDictionary()  # Any: torch does not type it
         self.swap = SwapState()
         self._shared: set[Tensor] | None = None  # parameters that share memory
@@ -58,6 +58,17 @@ class Holdings(Settings):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.set_absent(dict(state["absent"]))
+
+    @property
+    def slots(self) -> dict[Tensor, Slot]:
+        """The slots by parameter, every update of them made."""
+        self.offload.join()
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: dict[Tensor, Slot]) -> None:
+        self.offload.join()
+        self._slots = slots
 
     @property
     def step(self) -> int:
@@ -119,6 +130,8 @@ class Holdings(Settings):
         """Whether a swap parks the weights, because an exchange would round or mix values."""
         if self._shared is None:
             self.look_at_memory()
+        if slot.host:
+            return True
         if place_of(param) != place_of(slot.ema) or param in (self._shared or ()):
             return True
         return type(param) not in PLAIN and is_quantized(param)

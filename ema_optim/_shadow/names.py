@@ -63,6 +63,7 @@ def ema_state(
         device: Where the copies are to be.
         value_of: Gives what is wanted of a parameter; None for its EMA.
     """
+    shadow.offload.settle()
     with no_autograd():  # one after the other: a device need not hold all of them
         return {
             name: whole(shadow, tensor, value_of).to(device)
@@ -125,8 +126,12 @@ def whole(
     shadow: ShadowSet, param: Tensor, value_of: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """A fresh copy of the EMA weights of one parameter, in one tensor; ``value_of`` as above."""
-    value = shadow.ema_of(param) if value_of is None else value_of(param)
-    return stored(param, value, whole_format(param.dtype, shadow.dtype))[0]
+    shadow.offload.settle()
+    ema = shadow.ema_of(param) if value_of is None else value_of(param)
+    format = whole_format(param.dtype, shadow.dtype)
+    if shadow.offload.serves(param):
+        return ema.to("cpu", format.main, copy=True)
+    return stored(param, ema, format)[0]
 
 
 def _loaded_slot(shadow: ShadowSet, param: Tensor, value: Tensor, options: Options) -> Slot:

@@ -122,6 +122,20 @@ def as_dtype(dtype: object, what: str = "dtype") -> EMADtype:
     return dtype
 
 
+def as_device(device: object) -> str | None:
+    """Return "cpu" or None if an EMA can be there; raise TypeError or ValueError."""
+    if device is None:
+        return None
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be None or 'cpu', got {device!r}")
+    if str(device) != "cpu":
+        raise ValueError(
+            "device must be None (the EMA of a parameter lies on its device and follows it) or "
+            f"'cpu' (in pinned host memory), got {str(device)!r}: leave it out"
+        )
+    return "cpu"
+
+
 def as_module(module: nn.Module | None) -> nn.Module | None:
     """Return ``module`` if it is one or None; raise TypeError."""
     if module is not None and not isinstance(module, nn.Module):

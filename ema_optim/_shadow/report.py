@@ -23,6 +23,7 @@ _SHARE_LIMIT = 0.1
 
 def metrics(shadow: ShadowSet) -> dict[str, float]:
     """The health of the EMA as floats, ready for a logger."""
+    shadow.offload.settle()
     warn_skipped(shadow)
     told = {"ema_decay": 0.0, "ema_updates": float(updates_made(shadow)), **_health(shadow)}
     for name, window in shadow.others.items():
@@ -56,10 +57,10 @@ def _sample(shadow: ShadowSet, param: Tensor) -> tuple[Tensor, Tensor, float]:
     slot, weights = shadow.find(param), local(dense(shadow.weights_of(param)))
     if slot is None or slot.low is None or not slot.age:
         (ema, weights), scale = sample_of((local(shadow.ema_of(param)), weights), shadow.step)
-        return ema, weights, scale
+        return ema, weights.to(ema.device), scale
     stored = local(shadow.main_of(param)), local(slot.low), weights
     (main, low, weights), scale = sample_of(stored, shadow.step)
-    return value_of(main, low), weights, scale
+    return value_of(main, low), weights.to(main.device), scale
 
 
 def updates_made(shadow: ShadowSet) -> int:

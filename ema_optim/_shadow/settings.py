@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._arithmetic.formats import EMADtype
+from .._engines.offload import Offload
 from ..schedules import Decay, as_decay, initial_share
-from .options import Options, as_count, as_dtype, as_flag, as_module
+from .options import Options, as_count, as_device, as_dtype, as_flag, as_module
 from .slots import Group, Slot
 
 
@@ -23,6 +24,7 @@ class Settings:
             else the parameter's own dtype. A group's own ``ema_dtype`` goes before.
         module: The module that holds the FSDP2 modules, where they are not found by themselves.
         skip_non_finite: Whether an element whose weight is NaN or infinite keeps its EMA.
+        device: "cpu" to have the EMA in host memory, None beside its weights.
         sees_steps: Whether the source is an optimizer, so that an average can begin at the weights
             before a step. The average of a model begins at the weights of its birth.
     """
@@ -37,6 +39,7 @@ class Settings:
         module: nn.Module | None = None,
         skip_non_finite: bool = False,
         sees_steps: bool = True,
+        device: object = None,
     ) -> None:
         self.source = source
         self.decay = as_decay(decay)
@@ -46,9 +49,12 @@ class Settings:
         self.module = as_module(module)
         self.skip_non_finite = as_flag("skip_non_finite", skip_non_finite)
         self.sees_steps = sees_steps
+        self.device = as_device(device)
+        self.offload = Offload.to(self.device)
         self._share: tuple[Any, float] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.offload.settle()
         return {**self.__dict__, "_share": None}
 
     @property

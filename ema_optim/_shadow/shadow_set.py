@@ -67,6 +67,9 @@ class ShadowSet(Windows):
             initialisation of distributed checkpoints, which is made before the weights are loaded.
         """
         self.keys.refuse()
+        self.offload.before_write()
+        # The next write is not ours either; or it may be one by hand, with every step averaged.
+        self.offload.at_once = moved or not self.sees_steps or self.update_every == 1
         groups = self.groups
         lane = self._lane(groups)
         # Before a dry step returns: a distributed checkpoint asks for what every window has.
@@ -120,6 +123,8 @@ class ShadowSet(Windows):
                 begins = bucket.is_placeholder or not self.sees_steps
                 if begins and bucket.counter.steps == self.update_after_step:
                     bucket.seed()
+        if self.offload.at_once:
+            self.offload.hold_writes()
         lane.mark(self._step)
 
     def has_stepped(self) -> bool:
@@ -157,6 +162,7 @@ class ShadowSet(Windows):
             law_changed: Whether their law is not known.
         """
         self.load_windows(windows, step, law_changed)
+        self.offload.forget()
         self.forget_lanes()
         self.take(slots, swapped)
         self.step, self.held, self._notes = step, held, notes or {}
@@ -245,7 +251,8 @@ class ShadowSet(Windows):
             self.warned.once("bfloat16", BFLOAT16)
         with no_autograd():
             every, clock_of = self.update_every, self.clock_of
-            buckets = make_buckets(groups, self.slots, self.options, every, clock_of)
+            offload = self.offload
+            buckets = make_buckets(groups, self.slots, self.options, every, clock_of, offload)
             for bucket in buckets if self.skip_non_finite else ():
                 bucket.watch()
             for bucket in buckets:

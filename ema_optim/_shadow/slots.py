@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arithmetic.formats import Format, format_of
+from .._engines.offload import decode_across_, host_like
 from .._engines.quantized import (
     check_quantized,
     copy_like,
@@ -69,6 +70,8 @@ class Slot:
         ratio: By what factor ``share`` is larger than the counter's.
         met: Whether a weight was met that was not finite (0-dim, on the device); None where
             nobody looks.
+        staging: Where the EMA is in host memory and its parameter is not: host memory in the form
+            of the parameter, for its weights on their way into an update, or parked.
     """
 
     ema: Tensor
@@ -79,27 +82,69 @@ class Slot:
     ahead: int = 0
     ratio: float = 1.0
     met: Tensor | None = None
+    staging: Tensor | None = None
 
     @classmethod
     def of(
-        cls, param: Tensor, parts: Parts, format: Format, parked: Tensor | None = None
+        cls,
+        param: Tensor,
+        parts: Parts,
+        format: Format,
+        weights: Tensor | None = None,
+        host: bool = False,
     ) -> "Slot":
-        """A slot of what ``parts`` hold, in a format of its own."""
-        return cls(*restored(param, parts, format), format, parked)
+        """A slot of what ``parts`` hold, in a format of its own.
 
-    def convert(self, param: Tensor, format: Format) -> None:
-        """Keep the same EMA in another format, or on the device that its parameter is on now."""
-        self.ema, self.low = restored(param, (self.ema, self.low), format)
+        Args:
+            param: The parameter.
+            parts: What it is to hold.
+            format: How it is stored.
+            weights: Training weights to be parked, if any.
+            host: Whether it is to be in host memory.
+        """
+        slot = cls(*restored(param, parts, format, host), format)
+        slot.staging = host_like(param, param.dtype) if host else None
+        if weights is not None:
+            slot.parked = slot.aside(param, weights)
+        return slot
+
+    def __getstate__(self) -> Any:
+        # A copy would not be pinned: it is made anew at the next step.
+        return None, {name: getattr(self, name) for name in self.__slots__} | {"staging": None}
+
+    @property
+    def host(self) -> bool:
+        """Whether it is in host memory, unlike its parameter."""
+        return self.staging is not None
+
+    def lies(self, param: Tensor, host: bool) -> bool:
+        """Whether it is where it is to be: in host memory, or beside its parameter."""
+        if self.staging is None:
+            return not host and self.ema.device == param.device
+        return host and self.staging.dtype == param.dtype
+
+    def convert(self, param: Tensor, format: Format, host: bool | None = None) -> None:
+        """Keep the same EMA in another format, or where it is to be now (default: where it is)."""
+        host = self.host if host is None else host
+        self.ema, self.low = restored(param, (self.ema, self.low), format, host)
+        self.staging = host_like(param, param.dtype) if host else None
         self.format = format
 
     def hold(self, param: Tensor, parts: Parts) -> None:
         """Hold what ``parts`` hold, in the slot's own format."""
-        self.ema, self.low = restored(param, parts, self.format)
+        self.ema, self.low = restored(param, parts, self.format, self.host)
 
     def park(self, param: Tensor, weights: Tensor) -> None:
         """Take other training weights for those that are parked, if any are."""
         if self.parked is not None:
-            self.parked = copy_like(param, weights)
+            self.parked = self.aside(param, weights)
+
+    def aside(self, param: Tensor, weights: Tensor) -> Tensor:
+        """A copy of weights in the form of the parameter, to be parked."""
+        if self.staging is None:
+            return copy_like(param, weights)
+        copy_part_(self.staging, weights.detach(), param)
+        return self.staging
 
     @property
     def age(self) -> int:
@@ -125,15 +170,15 @@ class Slot:
         self.counter, self.ahead, self.ratio = Counter(steps, age, share), 0, 1.0
 
 
-def stored(param: Tensor, value: Tensor, format: Format) -> Parts:
+def stored(param: Tensor, value: Tensor, format: Format, host: bool = False) -> Parts:
     """``value`` as the EMA of ``param`` is kept: its format, device, strides, part of this rank."""
-    main, low = _empty(param, format)
-    lows = [] if low is None else [local(low)]
-    format.encode_([local(main)], lows, [part_for(param, dense(value.detach()))])
+    main, low = _empty(param, format, host)
+    lows, part = [] if low is None else [local(low)], part_for(param, dense(value.detach()))
+    format.encode_([local(main)], lows, [part.to(local(main).device)])
     return main, low
 
 
-def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
+def restored(param: Tensor, parts: Parts, format: Format, host: bool = False) -> Parts:
     """What a checkpoint holds, as the EMA of ``param`` is kept: bit for bit in the same format."""
     if type(param) not in PLAIN:
         check_quantized(param, local(param))
@@ -141,8 +186,8 @@ def restored(param: Tensor, parts: Parts, format: Format) -> Parts:
     if format_of(main.dtype, None if low is None else low.dtype) != format:
         # The remainder of an fp32 tensor needs more digits than fp32 has.
         exact = main if low is None else _decoded(main, low, torch.float64)
-        return stored(param, exact, format)
-    kept = _empty(param, format)
+        return stored(param, exact, format, host)
+    kept = _empty(param, format, host)
     for target, source in zip(kept, parts, strict=True):
         if target is not None and source is not None:
             copy_part_(target, source.detach(), param)
@@ -173,9 +218,14 @@ def read_(targets: Iterable[Tensor], slots: Sequence[Slot]) -> None:
         kept[1].append(slot)
     for whole, members in groups.values():
         lows = [local(slot.low) for slot in members if slot.low is not None]
-        members[0].format.decode_(whole, locals_of(slot.ema for slot in members), lows)
+        mains, format = locals_of(slot.ema for slot in members), members[0].format
+        if whole[0].device == mains[0].device:
+            format.decode_(whole, mains, lows)
+        else:
+            decode_across_(format, whole, mains, lows)
 
 
-def _empty(param: Tensor, format: Format) -> Parts:
-    main = dense_like(param, format.main)
-    return main, None if format.low is None else dense_like(param, format.low)
+def _empty(param: Tensor, format: Format, host: bool) -> Parts:
+    like = host_like if host else dense_like
+    main = like(param, format.main)
+    return main, None if format.low is None else like(param, format.low)

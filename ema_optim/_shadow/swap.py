@@ -112,6 +112,7 @@ def swap_in(shadow: ShadowSet, counted: Slots, shown: Shown | None = None) -> bo
     with state.alone("a swap"):
         if not counted:
             return False
+        shadow.offload.settle()
         record.refuse_interrupted(state, counted)
         reshard(counted, shadow.module)
         shadow.look_at_memory()
@@ -217,6 +218,7 @@ def apply(shadow: ShadowSet, shown: Shown | None = None) -> None:
     shadow.held = None  # what the model holds from here on is meant
     state = shadow.swap
     with state.alone("apply_ema()"), no_autograd():
+        shadow.offload.settle()
         counted = state.swapped or shadow.counted()
         reshard(counted, shadow.module)
         if not state.swapped:

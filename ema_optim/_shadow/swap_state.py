@@ -53,6 +53,7 @@ class Move:
         emas = locals_of(slot.ema for slot in exchanged.values())
         self.exchange = Exchange(emas, locals_of(exchanged), not arrived, done=arrived)
         kept = {p: s.parked for p, s in parking.items() if arrived and s.parked is not None}
+        kept |= {p: s.aside(p, p) for p, s in parking.items() if s.host and p not in kept}
         self._parked = kept | _copies([param for param in parking if param not in kept])
 
     def put_in(self) -> None:

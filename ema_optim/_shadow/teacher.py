@@ -136,7 +136,7 @@ def _check_slot(param: Tensor, slot: Slot) -> None:
         raise RuntimeError(_REFUSED["format"])
     if is_quantized(param):
         raise RuntimeError(_REFUSED["quantized"])
-    if slot.ema.device != param.device:
+    if slot.host or slot.ema.device != param.device:
         raise RuntimeError(_REFUSED["device"])
 
 

@@ -1,7 +1,7 @@
 """Several averages of the same weights, each with a decay of its own: *windows*, known by name.
 
 The first is *the* EMA. Each further one is a shadow set of its own inside the first, with its own
-slots, buckets and shares; source, stride, start, format and the state of the swap are in common.
+slots, buckets and shares; source, stride, start, format, swap and worker thread are in common.
 A step averages one after the other; a compiled step all of them in its one graph.
 """
 
@@ -73,7 +73,7 @@ class Windows(Births):
             self.others = {n: type(self)(source, windows[n], *settings, **named) for n in names}
             self.refuse_own_decays(self.groups)
         for other in self.others.values():
-            other.swap, other.warned = self.swap, self.warned
+            other.swap, other.warned, other.offload = self.swap, self.warned, self.offload
 
     @property
     def windows(self) -> dict[str, Any]:

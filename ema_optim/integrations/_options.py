@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from .._arithmetic.formats import EMADtype
-from .._shadow.options import as_count, as_dtype, same_option
+from .._shadow.options import as_count, as_device, as_dtype, same_option
 from .._shadow.windows import Decays, as_decays
 from .._warnings import log
 from ..optimizer import EMAOptimizer
@@ -32,6 +34,7 @@ class EMAOptions:
         update_every: As for ``EMAOptimizer``.
         update_after_step: As for ``EMAOptimizer``.
         dtype: As for ``EMAOptimizer``.
+        device: As for ``EMAOptimizer``.
 
     Raises:
         ValueError, TypeError: A value is out of its range.
@@ -41,6 +44,7 @@ class EMAOptions:
     update_every: int = 1
     update_after_step: int = 0
     dtype: EMADtype = None
+    device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
         if self.decay is not None and self.decay != "auto":
@@ -48,6 +52,7 @@ class EMAOptions:
         as_count("update_every", self.update_every, least=1)
         as_count("update_after_step", self.update_after_step, least=0)
         as_dtype(self.dtype)
+        as_device(self.device)
 
     @property
     def chooses(self) -> bool:
@@ -61,7 +66,8 @@ class EMAOptions:
             ValueError: ``decay`` is "auto" and the run has no end.
         """
         given: dict[str, Any] = dict(vars(self))  # not asdict(): it would copy a schedule
-        return {**given, "decay": self._chosen(steps) if self.chooses else self.decay}
+        decay = self._chosen(steps) if self.chooses else self.decay
+        return {**given, "decay": decay, "device": as_device(self.device)}
 
     def _chosen(self, steps: float) -> Schedule:
         # With a warm-up: else evaluations in the first third of a run are of the initial weights.

@@ -79,6 +79,7 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         update_every: Optimizer steps between two updates. Default 1: the exact EMA.
         update_after_step: Optimizer steps until averaging begins. Default 0.
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
+        device: ``"cpu"`` keeps the EMA in pinned host memory, as for ``EMAOptimizer``.
         use_buffers: Which buffers are averaged too and go wherever the EMA weights go, as
             ``EMAModel`` takes it: True for the running statistics of BatchNorm, a list of names, or
             False. Of several optimizers the steps of the first averaged one count. Default None:
@@ -104,12 +105,13 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        device: torch.device | str | None = None,
         use_buffers: Wanted | None = None,
         snapshots: str | PathLike[str] | None = None,
         optimizers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self._options = EMAOptions(decay, update_every, update_after_step, dtype)
+        self._options = EMAOptions(decay, update_every, update_after_step, dtype, device)
         self._use_buffers = _buffers.as_choice(use_buffers)
         self._saved_buffers: Any = None  # in the checkpoint that the fit resumes from
         self.snapshots = as_folder(snapshots)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
+import torch
+
 from .._arithmetic.formats import EMADtype
 from .._engines import adapters
 from .._shadow import report, swap
@@ -67,6 +69,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         update_every: Optimizer steps between two updates. Default 1.
         update_after_step: Optimizer steps until averaging begins. Default 0.
         dtype: How an EMA tensor is stored, as for ``EMAOptimizer``.
+        device: ``"cpu"`` keeps the EMA in pinned host memory, as for ``EMAOptimizer``.
         use_buffers: Which buffers are averaged too and go wherever the EMA weights go, as
             ``EMAModel`` takes it: True for the running statistics of BatchNorm, a list of names, or
             False. Default None: False, with a warning where statistics go with other weights.
@@ -98,6 +101,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         update_every: int = 1,
         update_after_step: int = 0,
         dtype: EMADtype = None,
+        device: torch.device | str | None = None,
         use_buffers: Wanted | None = None,
         evaluate_with: Literal["ema", "training", "both"] = "ema",
         save_ema: bool = True,
@@ -112,7 +116,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
                 "hub_weights='ema' must find the EMA weights in the checkpoint, got "
                 "save_ema=False: leave it out"
             )
-        self.options = EMAOptions(decay, update_every, update_after_step, dtype)
+        self.options = EMAOptions(decay, update_every, update_after_step, dtype, device)
         self.use_buffers = _buffers.as_choice(use_buffers)
         self.optimizer: EMAOptimizer | None = None
         self.evaluate_with, self.save_ema = evaluate_with, save_ema

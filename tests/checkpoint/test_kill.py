@@ -8,18 +8,24 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from reference import same
 
 SCRIPT = """
 import os, sys, torch
 from ema_optim import EMAOptimizer
+from offloads import Threaded, on_host
 
-folder, steps = sys.argv[1], int(sys.argv[2])
+folder, steps, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+build = EMAOptimizer
+if where == "on the host":  # a worker averages
+    def build(*args, **options):
+        return on_host(EMAOptimizer, *args, accelerator=Threaded, update_every=2, **options)
 path = os.path.join(folder, "checkpoint.pt")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2))
-optimizer = EMAOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), decay=0.9)
+optimizer = build(torch.optim.AdamW(model.parameters(), lr=0.01), decay=0.9)
 start = 0
 if os.path.exists(path):
     saved = torch.load(path, weights_only=True)
@@ -41,9 +47,11 @@ for step in range(start, steps):
 """
 
 
-def start(folder, steps=150):
-    arguments = [sys.executable, "-c", SCRIPT, str(folder), str(steps)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ)
+def start(folder, where, steps):
+    arguments = [sys.executable, "-c", SCRIPT, str(folder), str(steps), where]
+    support = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": f"{support}:{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def kill(process, random):
@@ -56,17 +64,21 @@ def kill(process, random):
     assert process.returncode == -signal.SIGKILL
 
 
-def test_killed_runs_resume_bit_for_bit(tmp_path):
+ROWS = [("beside the weights", 150, 3), ("on the host", 50, 1)]
+
+
+@pytest.mark.parametrize(("where", "steps", "times"), ROWS)
+def test_killed_runs_resume_bit_for_bit(tmp_path, where, steps, times):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    uninterrupted = start(whole)
+    uninterrupted = start(whole, where, steps)
     moments = random.Random(0)
-    for _ in range(3):
-        kill(start(killed), moments)
-    for process in (uninterrupted, start(killed)):
+    for _ in range(times):
+        kill(start(killed, where, steps), moments)
+    for process in (uninterrupted, start(killed, where, steps)):
         process.communicate(timeout=120)
         assert process.returncode == 0
     saved = [torch.load(Path(f) / "checkpoint.pt", weights_only=True) for f in (whole, killed)]
-    assert saved[0]["step"] == 150
+    assert saved[0]["step"] == steps
     assert same(*saved)
