@@ -146,6 +146,22 @@ class NamedDoor(Door):
 class InnerDoor(NamedDoor, ForwardingOptimizer):
     """A door in front of an inner optimizer."""
 
+    @property
+    def checkpoint_device(self) -> str | None:
+        """Where ``state_dict()`` copies the weights whose EMA is of another dtype.
+
+        Such weights (bf16, fp16 with an EMA in fp32) are in every checkpoint, so that one written
+        while swapped loses nothing: 2 bytes for each, copied beside them at every ``state_dict()``.
+        ``optimizer.checkpoint_device = "cpu"`` copies them into host memory instead, one by one.
+        Torch refuses to load a full state dict whose tensors lie on two devices; sharded
+        checkpoints and ``torch.save`` files load. Default None: beside the weights.
+        """
+        return self._ema.checkpoint_device
+
+    @checkpoint_device.setter
+    def checkpoint_device(self, device: torch.device | str | None) -> None:
+        self._ema.set_checkpoint_device(device)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
         if self._ema.held is None:  # else the model's file may still be to come

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._arithmetic.formats import FORMATS
+from .._engines.quantized import is_quantized
+from .._engines.sharding import local, with_part
 from .._shadow.options import format_name
 from .._shadow.pending import model_fingerprint
 from .._shadow.report import warn_skipped
@@ -134,8 +136,12 @@ def ours_of(entries: Iterable[Any]) -> list[Any]:
 def _writable(shadow: ShadowSet, param: Tensor, weights: Tensor) -> Tensor:
     # What it holds is of no use while nothing is swapped: beside an EMA in host memory that is
     # some memory of its form.
-    slot = shadow.find(param)
-    return weights.clone() if slot is None or slot.staging is None else slot.staging
+    slot, device = shadow.find(param), shadow.checkpoint_device
+    if slot is not None and slot.staging is not None:
+        return slot.staging
+    if device is None or is_quantized(param):
+        return weights.clone()
+    return with_part(param, local(weights).to(device, copy=True))
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[StateDict, dict[Any, StateDict]]:

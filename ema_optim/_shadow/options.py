@@ -122,16 +122,16 @@ def as_dtype(dtype: object, what: str = "dtype") -> EMADtype:
     return dtype
 
 
-def as_device(device: object) -> str | None:
+def as_device(device: object, what: str = "device") -> str | None:
     """Return "cpu" or None if an EMA can be there; raise TypeError or ValueError."""
     if device is None:
         return None
     if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device must be None or 'cpu', got {device!r}")
+        raise TypeError(f"{what} must be None or 'cpu', got {device!r}")
     if str(device) != "cpu":
         raise ValueError(
-            "device must be None (the EMA of a parameter lies on its device and follows it) or "
-            f"'cpu' (in pinned host memory), got {str(device)!r}: leave it out"
+            f"{what} must be None (what is kept of a parameter lies on its device and follows it) "
+            f"or 'cpu' (in pinned host memory), got {str(device)!r}: leave it out"
         )
     return "cpu"
 

@@ -51,7 +51,12 @@ class Settings:
         self.sees_steps = sees_steps
         self.device = as_device(device)
         self.offload = Offload.to(self.device)
+        self.checkpoint_device: str | None = None  # of the weights that a state dict copies
         self._share: tuple[Any, float] | None = None
+
+    def set_checkpoint_device(self, device: object) -> None:
+        """Have a state dict copy weights to "cpu", or with None stay on their own device."""
+        self.checkpoint_device = as_device(device, "checkpoint_device")
 
     def __getstate__(self) -> dict[str, Any]:
         self.offload.settle()

@@ -441,3 +441,21 @@ def test_dry_initialisation_of_distributed_checkpoints_does_not_count():
     run.train(1)
     expected = start.lerp(weight.detach(), 0.75)
     assert torch.equal(run.optimizer.state[weight]["ema"], expected)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_checkpoint_is_the_same_wherever_its_weights_are_copied_to(device, swapped):
+    run = Run(torch.bfloat16).train(3)
+    with run.optimizer.swap_ema_weights(swapped):
+        expected = copy.deepcopy(run.optimizer.state_dict())
+        run.optimizer.checkpoint_device = device
+        assert same(run.optimizer.state_dict(), expected)
+    assert run.optimizer.checkpoint_device == device
+
+
+def test_weights_are_copied_to_the_host_or_stay():
+    optimizer = Run().optimizer
+    with pytest.raises(ValueError, match=r"checkpoint_device must be None .* or 'cpu'.*got 'cuda'"):
+        optimizer.checkpoint_device = "cuda"
+    assert optimizer.checkpoint_device is None

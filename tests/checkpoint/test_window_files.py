@@ -204,7 +204,7 @@ def test_a_changed_decay_of_one_window_is_marked_in_silence():
     assert same_again.optimizer.get_ema_state(same_again.model, decay=0.25)
 
 
-@pytest.mark.parametrize("decay", [equal_average(), lambda update: 0.5], ids=str)
+@pytest.mark.parametrize("decay", [equal_average(), lambda update: 0.5], ids=["package", "own"])
 def test_a_law_of_the_package_or_of_the_users_own_is_the_same_after_a_file(decay):
     saved = Run(decay={"short": 0.25, "mean": decay}).train(4).save()
     run = Run(decay={"short": 0.25, "mean": decay}).load(saved)

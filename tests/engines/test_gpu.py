@@ -187,3 +187,16 @@ def test_an_update_and_a_swap_take_no_more_than_the_scratch(act, shapes):
     optimizer.step()
     size = sum(param.numel() for param in params)
     assert peak_of(lambda: act(optimizer)) <= 4 * min(size, 2**24) + 2**20
+
+
+@pytest.mark.skipif(not ON_CARD, reason="the allocator of a card")
+@pytest.mark.parametrize(("device", "copies"), [(None, True), ("cpu", False)])
+def test_a_checkpoint_of_narrow_weights_costs_the_card_a_copy_or_nothing(device, copies):
+    model = net(torch.bfloat16, width=2048)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    optimizer.checkpoint_device = device
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = peak_of(optimizer.state_dict)
+    assert (peak >= needed) == copies
+    assert copies or peak < needed / 8
