@@ -261,15 +261,17 @@ def test_ci_runs_the_readmes_test_command():
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_readmes_command_writes_the_api_reference(tmp_path):
+def test_one_command_writes_the_api_reference(tmp_path):
     pytest.importorskip("pdoc", reason="pdoc is of the docs extra")
-    command = re.search(r"`python -m (pdoc [^`]*)`", README).group(1).split()
+    guide = (ROOT / "tests" / "README.md").read_text()
+    command = re.search(r"`python -m (pdoc [^`]*)`", guide).group(1).split()
     subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, check=True, capture_output=True)
     pages = {path.name: path.read_text() for path in (tmp_path / "api").rglob("*.html")}
     assert "EMAOptimizer.swap_ema_weights" in pages["ema_optim.html"]
     assert "EMACallback.on_train_begin" in pages["transformers.html"]
     assert "Door.apply_ema" in pages["_door.html"]
     assert "export_ema" in pages["export.html"]
+    assert "EMASnapshots.synthesize" in pages["snapshots.html"]
     assert "EMAVerbs.apply_ema" in pages["_verbs.html"]
 
 
