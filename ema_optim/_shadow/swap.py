@@ -13,8 +13,8 @@ under way is kept in the state (``SwapState.move``); whoever comes next puts the
 back with ``recover``, which every public call begins with.
 """
 
-from collections.abc import Generator
-from contextlib import AbstractContextManager, _GeneratorContextManager
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, _GeneratorContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ def swap_in(shadow: ShadowSet, counted: Slots) -> bool:
             try:
                 state.move = move
                 move.put_in()
+                shadow.publish()
                 record.take_for_ours(state, counted, before)
                 state.groups, state.versions = shadow.groups, record.versions_of(counted)
                 state.swapped = counted
@@ -130,6 +131,23 @@ def swap_in(shadow: ShadowSet, counted: Slots) -> bool:
                 raise
             emas = locals_of(slot.ema for slot in parking.values())
             return move.exchange.doubtful() or bool(parking and non_finite(emas))
+
+
+@contextmanager
+def lent(shadow: ShadowSet) -> Iterator[None]:
+    """Have the EMA weights in all parameters, to be written to by name; the rest stays what it is.
+
+    The training weights are kept in a copy, for as long as it takes.
+    """
+    state = shadow.swap
+    with state.alone("load_ema_state()"), no_autograd():
+        slots = {param: shadow.slot_for(param) for param in shadow.members()}
+        state.move = Move(slots, slots, arrived=False)
+        try:
+            state.move.put_in()
+            yield
+        finally:
+            put_back_for_good(shadow)
 
 
 def put_back(shadow: ShadowSet) -> None:
@@ -168,6 +186,7 @@ def _finish(shadow: ShadowSet, move: Move) -> None:
     reshard(move.slots, shadow.module)
     with no_autograd():
         move.put_back()
+    shadow.publish()
     record.take_for_ours(state, move.slots, before)
     state.swapped = {}
     for slot in move.slots.values():
@@ -218,9 +237,11 @@ def apply(shadow: ShadowSet) -> None:
                 read_(counted, list(counted.values()))
             finally:
                 torch.clear_autocast_cache()
+            shadow.publish()
             return
         exchanged = {p: s for p, s in counted.items() if s.parked is None}
         copy_(locals_of(slot.ema for slot in exchanged.values()), locals_of(exchanged))
+        shadow.publish()
         state.swapped = {}
         for slot in counted.values():
             slot.parked = None
