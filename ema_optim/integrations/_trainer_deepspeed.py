@@ -65,9 +65,15 @@ def engine_for(
             f"use_buffers={callback.use_buffers!r} and DeepSpeed's engine: leave it out"
         )
     found, options = attached(accelerated.optimizer), callback.options
+    if options.device is not None:
+        raise ValueError(
+            f"device must be left out under DeepSpeed, got {options.device!r}: the EMA lies where "
+            "the fp32 masters do, with offload_optimizer in host memory"
+        )
     if found is None:
         options.log_choice(steps)
-        found = TrainerEMAEngine(trainer().model_wrapped, **options.resolved(steps))
+        given = {k: v for k, v in options.resolved(steps).items() if k != "device"}
+        found = TrainerEMAEngine(trainer().model_wrapped, **given)
     else:
         options.check_same(found, steps, "of the engine")
     # What the Trainer calls before and after an evaluation.

@@ -152,7 +152,9 @@ def test_taken_out_of_the_trainer_the_callback_evaluates_nothing(row, folder):
 
 
 @on_engines("2 bf16")
-def test_buffers_and_a_second_callback_are_refused(row, folder):
+def test_buffers_another_device_and_a_second_callback_are_refused(row, folder):
+    with pytest.raises(ValueError, match="device must be left out under DeepSpeed"):
+        trainer_of(row, folder, callback(device="cpu")).train()
     with pytest.raises(ValueError, match="use_buffers=True and DeepSpeed's engine"):
         trainer_of(row, folder, callback(use_buffers=True)).train()
     with pytest.raises(ValueError, match="one EMACallback"):
