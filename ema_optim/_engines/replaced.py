@@ -33,6 +33,7 @@ def refuse_replaced(known: Mapping[int, bool], params: Iterable[Tensor]) -> None
             raise RuntimeError(
                 "param_groups must hold the model's parameters, an engine (DeepSpeed?) has put a "
                 f"plain tensor of shape {tuple(tensor.shape)} in their place: a swap would not "
-                "reach the model. Give the engine the inner optimizer without EMAOptimizer; or "
-                "shard the model with FSDP2"
+                "reach the model. "
+                "Give DeepSpeed the inner optimizer without EMAOptimizer, and attach "
+                "ema_optim.integrations.deepspeed.EMAEngine(engine, decay) after initialize"
             )

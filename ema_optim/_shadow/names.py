@@ -90,21 +90,38 @@ def load_ema_state(
     strict: bool,
 ) -> None:
     """Make ``state`` the EMA; everything is checked before anything changes."""
+    take_loaded(shadow, matched(_named_tensors(model), set(shadow.members()), state, strict))
+
+
+def matched(
+    named: Mapping[str, Tensor], members: set[Tensor], state: Mapping[str, Tensor], strict: bool
+) -> dict[Tensor, Tensor]:
+    """The values that ``state`` has for tensors of a model, everything checked.
+
+    Args:
+        named: The model's tensors under all their names.
+        members: Those that are averaged.
+        state: Values by name.
+        strict: Whether the names must be exactly those of the members.
+    """
     check_by_name(state)
-    named = _named_tensors(model)
-    members = set(shadow.members())
     found = _by_known_names(state, named)
     targets = {name: named[name] for name in found if name in named and named[name] in members}
     if strict:
         _check_names(found, targets, {n: t for n, t in named.items() if t in members})
-    slots, options = {}, shadow.options_by_param()
     for name, param in targets.items():
         check_tensor(f"the EMA of {name}", found[name], param)
     _check_tied({name: found[name] for name in targets}, named)
-    for name, param in targets.items():
+    return {param: found[name] for name, param in targets.items()}
+
+
+def take_loaded(shadow: ShadowSet, values: Mapping[Tensor, Tensor]) -> None:
+    """Make the values of parameters their EMA, which counts as one from then on."""
+    slots, options = {}, shadow.options_by_param()
+    for param, value in values.items():
         wanted = options.get(param, shadow.options)
         with no_autograd():
-            slots[param] = _loaded_slot(shadow, param, found[name], wanted)
+            slots[param] = _loaded_slot(shadow, param, value, wanted)
     shadow.forget_lanes()
     shadow.held = None  # an EMA of another source says nothing of the model's file
     shadow.slots.update(slots)

@@ -1,7 +1,7 @@
 """What a user is told about the EMA: metrics, and warnings where it is read."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -21,34 +21,41 @@ from .slots import Slot, value_of
 _SHARE_LIMIT = 0.1
 
 
-def metrics(shadow: ShadowSet) -> dict[str, float]:
-    """The health of the EMA as floats, ready for a logger."""
+def metrics(shadow: ShadowSet, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    """The health of the EMA as floats, ready for a logger.
+
+    Args:
+        shadow: The shadow set.
+        total: Adds up numbers over the ranks, where plain tensors are parts of larger ones.
+    """
     shadow.offload.settle()
     warn_skipped(shadow)
-    told = {"ema_decay": 0.0, "ema_updates": float(updates_made(shadow)), **_health(shadow)}
+    told = {"ema_decay": 0.0, "ema_updates": float(updates_made(shadow)), **_health(shadow, total)}
     for name, window in shadow.others.items():
-        told |= {f"{key}/{name}": value for key, value in _health(window).items()}
+        told |= {f"{key}/{name}": value for key, value in _health(window, total).items()}
     return told
 
 
-def _health(window: ShadowSet) -> dict[str, float]:
+def _health(window: ShadowSet, total: Callable[[Tensor], Tensor] | None) -> dict[str, float]:
     decay = window.decay_in_force()
     return {
         "ema_decay": decay,
         "ema_window": math.inf if decay == 1.0 else 1.0 / (1.0 - decay),
         "ema_initial_share": max((s.share for s in window.counted().values()), default=1.0),
-        "ema_distance": _distance(window, window.members()),
+        "ema_distance": _distance(window, window.members(), total or (lambda numbers: numbers)),
     }
 
 
-def _distance(shadow: ShadowSet, params: Sequence[Tensor]) -> float:
+def _distance(
+    shadow: ShadowSet, params: Sequence[Tensor], total: Callable[[Tensor], Tensor]
+) -> float:
     squares = []
     with no_autograd():
         for spread, members in by_spread(params).items():
             for batch in apart(members):
                 parts = (_sample(shadow, param) for param in batch)  # one at a time
                 for norms in squared_norms(parts):
-                    squares.append(sum_over_ranks(norms, spread).tolist())
+                    squares.append(total(sum_over_ranks(norms, spread)).tolist())
     return relative_distance(squares)
 
 

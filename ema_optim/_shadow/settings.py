@@ -67,6 +67,11 @@ class Settings:
         """What param groups want that have no options of their own."""
         return Options(self.decay, self.dtype)
 
+    def publish(self) -> None:
+        """Have the forward use what was written into the parameters, where it uses copies."""
+        if (publish := getattr(self.source, "publish", None)) is not None:
+            publish()
+
     @property
     def groups(self) -> list[Group]:
         """The param groups of the moment."""

@@ -13,8 +13,8 @@ under way is kept in the state (``SwapState.move``); whoever comes next puts the
 back with ``recover``, which every public call begins with.
 """
 
-from collections.abc import Generator
-from contextlib import AbstractContextManager, _GeneratorContextManager
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, _GeneratorContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -126,6 +126,7 @@ def swap_in(shadow: ShadowSet, counted: Slots, shown: Shown | None = None) -> bo
             try:
                 state.move, state.shows_other = move, shown is not None
                 move.put_in()
+                shadow.publish()
                 record.take_for_ours(state, counted, before)
                 state.groups, state.versions = shadow.groups, record.versions_of(counted)
                 state.swapped = counted
@@ -138,6 +139,23 @@ def swap_in(shadow: ShadowSet, counted: Slots, shown: Shown | None = None) -> bo
                 return True
             emas = locals_of(slot.ema for slot in parking.values())
             return move.exchange.doubtful() or bool(parking and non_finite(emas))
+
+
+@contextmanager
+def lent(shadow: ShadowSet) -> Iterator[None]:
+    """Have the EMA weights in all parameters, to be written to by name; the rest stays what it is.
+
+    The training weights are kept in a copy, for as long as it takes.
+    """
+    state = shadow.swap
+    with state.alone("load_ema_state()"), no_autograd():
+        slots = {param: shadow.slot_for(param) for param in shadow.members()}
+        state.move = Move(slots, slots, arrived=False)
+        try:
+            state.move.put_in()
+            yield
+        finally:
+            put_back_for_good(shadow)
 
 
 def put_back(shadow: ShadowSet) -> None:
@@ -176,6 +194,7 @@ def _finish(shadow: ShadowSet, move: Move) -> None:
     reshard(move.slots, shadow.module)
     with no_autograd():
         move.put_back()
+    shadow.publish()
     record.take_for_ours(state, move.slots, before)
     state.swapped, state.shows_other = {}, False
     for slot in move.slots.values():
@@ -223,6 +242,7 @@ def apply(shadow: ShadowSet, shown: Shown | None = None) -> None:
         reshard(counted, shadow.module)
         if not state.swapped:
             _write(counted, shown)
+            shadow.publish()
             return
         is_in = shown is None and not state.shows_other
         exchanged = {p: s for p, s in counted.items() if s.parked is None}
@@ -232,6 +252,7 @@ def apply(shadow: ShadowSet, shown: Shown | None = None) -> None:
             slot.parked = None
         if not is_in:
             _write(counted, shown)
+        shadow.publish()
         record.leave(state)
         if state.mode is Mode.EVAL:
             state.mode = Mode.TRAIN

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .._checkpoint import carry, read
+from .._door import Door
 from .._engines.sharding import is_sharded
 from .._shadow import names
 from .._shadow.holdings import no_autograd
@@ -64,7 +65,7 @@ def written_aside(checkpoint: str, writes: bool = True) -> Iterator[str]:
         shutil.rmtree(aside)
 
 
-def metadata(optimizer: EMAOptimizer, step: int) -> dict[str, str]:
+def metadata(optimizer: Door, step: int) -> dict[str, str]:
     """What the header of a file says of the EMA weights in it, as ``export_ema`` has it."""
     shadow = optimizer._ema
     told = {"ema_step": shadow.step, "ema_decay": shadow.decay_in_force(), "ema_global_step": step}
@@ -131,11 +132,19 @@ def _write(model: Any, folder: str, whole: dict[str, Any] | None) -> None:
 
 def sharded(model: Any) -> bool:
     """Whether the weights of a model are spread over ranks."""
-    return any(map(is_sharded, names.named_parameters(model).values()))
+    return _is_zero3(model) or any(map(is_sharded, names.named_parameters(model).values()))
+
+
+def _is_zero3(model: Any) -> bool:
+    return any(hasattr(param, "ds_id") for param in model.parameters())
 
 
 def _whole_state(model: Any) -> dict[str, Any]:
     """The whole weights on the first rank's CPU, gathered one at a time; empty on the others."""
+    if _is_zero3(model):
+        from ._trainer_deepspeed import whole_state
+
+        return whole_state(model)
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
     )

@@ -5,9 +5,10 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .._checkpoint import carry, read
 from .._checkpoint.strip import strip_ema_state_dict
@@ -139,16 +140,56 @@ def take_over(optimizer: EMAOptimizer, global_step: int) -> None:
     optimizer._ema.mark()
 
 
-def refuse_engines(accelerated: Any, args: Any) -> None:
+def run_folder(trainer: Any, args: Any) -> str:
+    """Where the checkpoints of a run are: a trial of a search has its own folder.
+
+    Args:
+        trainer: A weak reference to the Trainer, if it is known.
+        args: Its arguments.
+    """
+    there = None if trainer is None else trainer()
+    if there is None or getattr(there, "_trial", None) is None:
+        return str(args.output_dir)
+    return str(there._get_output_dir(there._trial))
+
+
+def put_into(accelerated: Any, made: EMAOptimizer) -> None:
+    """Have Accelerate's wrapper use an optimizer in place of its own."""
+    accelerated.optimizer = made
+    if accelerated.scaler is not None:
+        # Accelerate has kept the inner optimizer's step to call it through the scaler.
+        accelerated._optimizer_original_step_method = made.step
+        accelerated._optimizer_patched_step_method = patch_optimizer_step(accelerated, made.step)
+
+
+def ema_optimizer(kwargs: Mapping[str, Any]) -> Any:
+    """That of the Trainer which calls a callback now: it may serve several."""
+    found = getattr(kwargs.get("optimizer"), "optimizer", None)
+    if isinstance(found, EMAOptimizer):
+        return found
+    return getattr(getattr(found, "step", None), "ema_engine", None)  # DeepSpeed's
+
+
+def is_in(trainer: Any, callback: TrainerCallback) -> bool:
+    """Whether a callback is in the Trainer of a weak reference, as far as one can know."""
+    there = None if trainer is None else trainer()
+    return there is None or callback in there.callback_handler.callbacks
+
+
+def is_deepspeed(accelerated: Any) -> bool:
+    """Whether Accelerate's wrapper is that of a DeepSpeed engine's optimizer."""
+    return isinstance(accelerated, DeepSpeedOptimizerWrapper)
+
+
+def refuse_engines(accelerated: Any) -> None:
     """Raise TypeError or RuntimeError where the callback would lose weights."""
     if not isinstance(accelerated, AcceleratedOptimizer):
-        raise TypeError(f"the Trainer's optimizer must be Accelerate's, got {type(accelerated)}")
-    if getattr(args, "deepspeed", None):
-        raise RuntimeError(
-            "EMACallback under DeepSpeed: DeepSpeed trains copies of the weights, which a swap "
-            "would not bring into the model, and an EMAOptimizer given to it has the same fault. "
-            "Use DDP or FSDP2, or train without an EMA"
+        raise TypeError(
+            f"the Trainer's optimizer must be Accelerate's, got {type(accelerated)}: for a second "
+            "training under DeepSpeed, whose engine knows nothing of it, build another Trainer"
         )
+    if is_deepspeed(accelerated):
+        return  # EMAEngine looks at what it is to serve
     params = [p for group in accelerated.param_groups for p in group["params"]]
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
         raise RuntimeError(

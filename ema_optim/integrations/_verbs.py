@@ -27,9 +27,14 @@ class EMAVerbs:
         self._holds_best = False  # whether the trainer has loaded the EMA of its best checkpoint
         self._statistics: OwnStatistics | None = None  # of the last training, unless averaged
 
-    def _averaged(self) -> Sequence[EMAOptimizer]:
-        """The optimizers of the last training that have an EMA."""
+    def _averaged(self) -> Sequence[Any]:
+        """The optimizers of the last training that have an EMA; under DeepSpeed its engine."""
         raise NotImplementedError
+
+    def _engine_of(self, model: nn.Module) -> Any:
+        """The engine that trains a model, if one does."""
+        engines = (each for each in self._averaged() if not isinstance(each, EMAOptimizer))
+        return next((engine for engine in engines if engine.trains(model)), None)
 
     def _written(self) -> None:
         """Called after weights were put into a model or taken out of it."""
@@ -54,6 +59,17 @@ class EMAVerbs:
         """
         for optimizer in self._averaged():
             optimizer.train()  # an evaluation may have failed half-way
+        if self._holds_best and model not in self._original:
+            warn(
+                "apply_ema() replaces the EMA weights of the best checkpoint, which the Trainer "
+                "has loaded, by the last ones; restore_original(model) takes them out again"
+            )
+        if (engine := self._engine_of(model)) is not None:
+            kept = engine.keep()
+            engine.apply_ema(decay=decay, max_error=max_error)
+            self._original.setdefault(model, kept)
+            self._written()
+            return
         state = self._ema_by_name(decay, max_error)
         named = _named(model)
         if missing := sorted(set(state) - set(named)):
@@ -63,11 +79,6 @@ class EMAVerbs:
             )
         for name, value in state.items():
             check_tensor(f"the EMA of {name}", value, named[name])
-        if self._holds_best and model not in self._original:
-            warn(
-                "apply_ema() replaces the EMA weights of the best checkpoint, which the Trainer "
-                "has loaded, by the last ones; restore_original(model) takes them out again"
-            )
         held = {name: named[name].detach().clone() for name in state}
         self._original.setdefault(model, held)
         _copy(state, named)
@@ -82,14 +93,18 @@ class EMAVerbs:
         for optimizer in self._averaged():
             if optimizer.swapped:
                 optimizer.train()
-        _copy(self._original.pop(model, {}), _named(model))
+        kept = self._original.pop(model, {})
+        if (engine := self._engine_of(model)) is not None:
+            engine.put(kept)
+        else:
+            _copy(kept, _named(model))
         self._written()
 
     def get_ema_state(self, *, decay: Choice = None, max_error: float = 0.05) -> dict[str, Tensor]:
         """The EMA weights (and averaged buffers) by name, as CPU tensors in the EMA's dtype.
 
-        Under FSDP every rank calls it; the whole tensors are gathered one at a time for the first
-        rank, and the dict of the others is empty.
+        Under FSDP and DeepSpeed every rank calls it; the whole tensors are gathered one at a time
+        for the first rank, and the dict of the others is empty.
 
         Args:
             decay: Which average, as for ``EMAOptimizer.swap_ema_weights``.
@@ -99,16 +114,21 @@ class EMAVerbs:
             RuntimeError: Nothing was trained or loaded yet.
             ValueError: There is no such average.
         """
+        if self.model is not None and (engine := self._engine_of(self.model)) is not None:
+            refuse_choice(decay, "under DeepSpeed, which has one window")
+            return engine.get_ema_state()  # type: ignore[no-any-return]
         return whole_on_first_rank(self._ema_by_name(decay, max_error))
 
     def _ema_by_name(self, decay: Choice, max_error: float) -> dict[str, Tensor]:
+        if self.model is not None and (engine := self._engine_of(self.model)) is not None:
+            refuse_choice(decay, "under DeepSpeed, which has one window")
+            return engine.ema_state(everywhere=True)  # type: ignore[no-any-return]
         if self.model is not None and self._averaged():
             which: Any = {"decay": decay, "max_error": max_error}
             parts = [o.get_ema_state(self.model, **which) for o in self._averaged()]
             return {name: value for part in parts for name, value in part.items()}
         if self._loaded is not None:
-            if decay is not None:
-                raise ValueError(f"decay must be None of what load_ema_state() took, got {decay}")
+            refuse_choice(decay, "of what load_ema_state() took")
             return dict(self._loaded)
         raise RuntimeError("there is no EMA yet: call trainer.train() or load_ema_state() first")
 
@@ -138,6 +158,9 @@ class EMAVerbs:
         assert model is not None
         for optimizer in optimizers:
             optimizer.train()
+        if (engine := self._engine_of(model)) is not None:
+            engine.load_ema_state(state)
+            return
         if len(optimizers) == 1:
             optimizers[0].load_ema_state(model, state)
             return
@@ -153,6 +176,12 @@ class EMAVerbs:
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy."""
         return dict(self.__dict__)
+
+
+def refuse_choice(decay: Choice, where: str) -> None:
+    """Raise ValueError for a choice among averages where there is one."""
+    if decay is not None:
+        raise ValueError(f"decay must be None {where}, got {decay}: leave it out")
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

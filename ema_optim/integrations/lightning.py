@@ -236,9 +236,16 @@ class EMAWeights(EMAVerbs, pl.Callback):  # type: ignore[misc]
 
 def _check_trainer(trainer: Any) -> None:
     if trainer.strategy.restore_checkpoint_after_setup:
+        name = type(trainer.strategy).__name__
+        remedy = "use EMAOptimizer alone"
+        if "DeepSpeed" in name:
+            remedy = (
+                "attach ema_optim.integrations.deepspeed.EMAEngine(trainer.strategy.model, decay) "
+                "in on_fit_start in its place, and swap around the validation"
+            )
         raise ValueError(
             "strategy must keep whole weights on every rank (one device, DDP), got "
-            f"{type(trainer.strategy).__name__}: use EMAOptimizer alone"
+            f"{name}: {remedy}"
         )
     if not all(optimizer.state_dict() for optimizer in trainer.optimizers):  # Lightning's stand-in
         raise ValueError("configure_optimizers must return an optimizer, got None: return one")

@@ -1,7 +1,7 @@
 """``EMACallback``: the EMA of the weights in the Hugging Face ``Trainer``."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, cast
@@ -17,7 +17,6 @@ from .._shadow.windows import Decays
 from ..optimizer import EMAOptimizer
 
 try:
-    from accelerate.optimizer import patch_optimizer_step
     from transformers import TrainerCallback
 except ImportError as error:
     raise ImportError(
@@ -32,8 +31,13 @@ from ._trainer_hub import check_strategy, push_ema, warn_of_folders
 from ._trainer_optimizer import (
     TrainerEMAOptimizer,
     check_optimizer,
+    ema_optimizer,
+    is_deepspeed,
+    is_in,
+    put_into,
     refuse_engines,
     renewed,
+    run_folder,
     running_trainer,
     take_over,
 )
@@ -118,7 +122,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             )
         self.options = EMAOptions(decay, update_every, update_after_step, dtype, device)
         self.use_buffers = _buffers.as_choice(use_buffers)
-        self.optimizer: EMAOptimizer | None = None
+        self.optimizer: Any = None  # an EMAOptimizer, or under DeepSpeed an EMAEngine
         self.evaluate_with, self.save_ema = evaluate_with, save_ema
         self.hub_weights, self.snapshots = hub_weights, as_folder(snapshots)
         self._saved = ""  # the checkpoint beside which the EMA weights were written last
@@ -140,7 +144,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         self._evaluate_with = value
         self._written()
 
-    def _averaged(self) -> list[EMAOptimizer]:
+    def _averaged(self) -> list[Any]:
         return [] if self.optimizer is None else [self.optimizer]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,8 +157,9 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if self.hub_weights == "ema":
             check_strategy(args)
         _buffers.refuse_sharded(kwargs["model"], self.use_buffers)
-        refuse_engines(kwargs["optimizer"], args)
-        check_optimizer(kwargs["optimizer"].optimizer, kwargs["model"])
+        refuse_engines(kwargs["optimizer"])
+        if not is_deepspeed(kwargs["optimizer"]):
+            check_optimizer(kwargs["optimizer"].optimizer, kwargs["model"])
         self.model, self._trainer = kwargs["model"], running_trainer()
         self.optimizer = self._find_or_wrap(kwargs["optimizer"], state)
         self.optimizer.train()  # an earlier evaluation may have failed half-way
@@ -166,7 +171,9 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if self._loaded is not None and not state.global_step:
             self._hand_over(self._loaded)
         self._loaded = None
-        check_snapshots(folder_of(self.snapshots, args, self._run_folder(args)), [self.optimizer])
+        check_snapshots(
+            folder_of(self.snapshots, args, run_folder(self._trainer, args)), [self.optimizer]
+        )
         self._begin_pushing(args, state, control, kwargs)
         report.warn_of_run(self.optimizer._ema, state.max_steps - state.global_step)
 
@@ -198,7 +205,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         Raises:
             RuntimeError: The evaluation has left LoRA adapters merged (they are unmerged then).
         """
-        optimizer, model = _ema_optimizer(kwargs), kwargs.get("model")
+        optimizer, model = ema_optimizer(kwargs), kwargs.get("model")
         if optimizer is None:
             return
         self._tell_of_statistics(optimizer, model)
@@ -214,7 +221,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             RuntimeError: The evaluation has left LoRA adapters merged (they are unmerged then).
         """
         self.on_predict(args, state, control, **kwargs)
-        optimizer = _ema_optimizer(kwargs)
+        optimizer = ema_optimizer(kwargs)
         if optimizer is None or self.evaluate_with != "both" or self._holds_ema(optimizer):
             return
         optimizer._ema.swap.show_in_eval(False)
@@ -226,7 +233,7 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the EMA's metrics to the entries of the training, for every reporter."""
-        optimizer = _ema_optimizer(kwargs)
+        optimizer = ema_optimizer(kwargs)
         if optimizer is None or "loss" not in (logs or {}):  # an evaluation's, or the summary
             return
         metrics = optimizer.ema_metrics()
@@ -242,16 +249,17 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         if self.optimizer is None:
             return
         model, checkpoint = kwargs["model"], f"checkpoint-{state.global_step}"
-        checkpoint = os.path.join(self._run_folder(args), checkpoint)
+        checkpoint = os.path.join(run_folder(self._trainer, args), checkpoint)
         if checkpoint == self._saved:
             return  # before it was pushed
         self._saved = checkpoint
-        own = folder_of(self.snapshots, args, self._run_folder(args))
+        own = folder_of(self.snapshots, args, run_folder(self._trainer, args))
         save_snapshots(own, [self.optimizer], model)
         if not self.save_ema:
             return
         writes = args.should_save and _pretrained.is_there(checkpoint)
-        if not writes and not _pretrained.sharded(model):
+        alone = isinstance(self.optimizer, EMAOptimizer) and not _pretrained.sharded(model)
+        if not writes and alone:
             return
         _put_back(self.optimizer)  # an evaluation may have failed half-way
         aside_of = _pretrained.written_aside(checkpoint, writes)
@@ -263,13 +271,6 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             if writes and kwargs.get("processing_class") is not None:
                 kwargs["processing_class"].save_pretrained(folder)
 
-    def _run_folder(self, args: Any) -> str:
-        """Where the checkpoints of this run are: a trial of a search has its own folder."""
-        trainer = None if self._trainer is None else self._trainer()
-        if trainer is None or getattr(trainer, "_trial", None) is None:
-            return str(args.output_dir)
-        return str(trainer._get_output_dir(trainer._trial))
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the training weights in, or the EMA weights of the best checkpoint."""
         if self.optimizer is None:
@@ -277,22 +278,31 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         _put_back(self.optimizer)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and self.evaluate_with != "training":
-            _pretrained.load_best(self.optimizer, kwargs["model"], best)
+            if isinstance(self.optimizer, EMAOptimizer):
+                _pretrained.load_best(self.optimizer, kwargs["model"], best)
+            else:
+                self.optimizer.load_best()
             self._holds_best = True
             self._written()
 
-    def _find_or_wrap(self, accelerated: Any, state: Any) -> EMAOptimizer:
+    def _find_or_wrap(self, accelerated: Any, state: Any) -> Any:
         found: Any = accelerated.optimizer
+        if engine := is_deepspeed(accelerated):
+            from ._trainer_deepspeed import engine_for
+
+            trains = partial(is_in, self._trainer, self)
+            found = engine_for(accelerated, self, state.max_steps, self._trainer, trains)
         if getattr(found, _BEGUN, None) is state:
             raise ValueError("the Trainer must have one EMACallback, got two: remove one of them")
+        if engine:
+            return _begun(found, state)
         if isinstance(found, EMAOptimizer) and not isinstance(found, TrainerEMAOptimizer):
             _buffers.refuse_own(found, self.use_buffers, "which the Trainer was given")
             self.options.check_same(found, state.max_steps, "which the Trainer was given")
         else:
             found = self._wrapper(accelerated, state)
-        setattr(found, _BEGUN, state)
-        take_over(found, state.global_step)
-        return cast(EMAOptimizer, found)
+        take_over(_begun(found, state), state.global_step)
+        return found
 
     def _wrapper(self, accelerated: Any, state: Any) -> TrainerEMAOptimizer:
         """A wrapper with the options of this training, the one that is there if it has them."""
@@ -306,10 +316,10 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
         ):
             found = renewed(found, options)
         if found is not accelerated.optimizer:
-            _put_into(accelerated, found)
+            put_into(accelerated, found)
         found.buffers = _buffers.continued(old, self.model, self.use_buffers, options)
         found.trainer_state, found.trainer_model = state, self.model
-        found.attended = partial(_is_in, self._trainer, self)
+        found.attended = partial(is_in, self._trainer, self)
         return cast(TrainerEMAOptimizer, found)
 
     def _written(self) -> None:
@@ -318,36 +328,23 @@ class EMACallback(EMAVerbs, TrainerCallback):  # type: ignore[misc]
             wanted = self.evaluate_with != "training" and not self._holds_ema(self.optimizer)
             self.optimizer._ema.swap.show_in_eval(wanted)
 
-    def _holds_ema(self, optimizer: EMAOptimizer) -> bool:
+    def _holds_ema(self, optimizer: Any) -> bool:
+        if not isinstance(optimizer, EMAOptimizer):
+            return self._holds_best or any(map(optimizer.trains, self._original))
         trained = optimizer._ema.slots.keys()
         applied = (_pretrained.members(model) for model in self._original)
         return self._holds_best or not all(map(trained.isdisjoint, applied))
 
 
-def _put_into(accelerated: Any, made: EMAOptimizer) -> None:
-    accelerated.optimizer = made
-    if accelerated.scaler is not None:
-        # Accelerate has kept the inner optimizer's step to call it through the scaler.
-        accelerated._optimizer_original_step_method = made.step
-        accelerated._optimizer_patched_step_method = patch_optimizer_step(accelerated, made.step)
+def _begun(found: Any, state: Any) -> Any:
+    setattr(found, _BEGUN, state)
+    return found
 
 
-def _ema_optimizer(kwargs: Mapping[str, Any]) -> EMAOptimizer | None:
-    """That of the Trainer which calls now: a callback may serve several."""
-    found = getattr(kwargs.get("optimizer"), "optimizer", None)
-    return found if isinstance(found, EMAOptimizer) else None
-
-
-def _put_back(optimizer: EMAOptimizer) -> None:
+def _put_back(optimizer: Any) -> None:
     # Not train(): that would also put a schedule-free optimizer's training weights into the
     # model, where a run without the callback still has those of its eval().
     if isinstance(optimizer, _buffers.BufferedEMAOptimizer):
         optimizer.put_back()
     else:
         swap.put_back_after_eval(optimizer._ema)
-
-
-def _is_in(trainer: Any, callback: TrainerCallback) -> bool:
-    """Whether a callback is in the Trainer of a weak reference, as far as one can know."""
-    there = None if trainer is None else trainer()
-    return there is None or callback in there.callback_handler.callbacks

@@ -140,4 +140,4 @@ def test_fsdp1_is_refused_with_the_remedy(world):
         flat = FullyShardedDataParallel(plain_model(), device_id=torch.device("cpu"))
     optimizer.optimizer = torch.optim.SGD(flat.parameters(), 0.1)
     with pytest.raises(RuntimeError, match="FSDP2"):
-        refuse_engines(optimizer, None)
+        refuse_engines(optimizer)

@@ -72,3 +72,14 @@ def test_migration_of_a_checkpoint_reaches_the_training_weights(tmp_path):
 def test_migration_that_cannot_be_made_twice_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="must change the training weights as it has"):
         fit(Once(), [EMAWeights(0.5)], ckpt_path=saved(tmp_path), max_epochs=9)
+
+
+# Lightning's DeepSpeed strategy refuses CPUs: its engine is never built here.
+def test_under_deepspeed_the_remedy_is_the_engines_own_door():
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    with pytest.raises(ValueError, match=r"EMAEngine\(trainer.strategy.model, decay\)"):
+        EMAWeights(0.9).on_fit_start(SimpleNamespace(strategy=strategy), None)
