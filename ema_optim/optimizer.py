@@ -295,11 +295,11 @@ class EMAOptimizer(InnerDoor):
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         swap.recover(self._ema)
-        theirs, merged = nested.parts(state_dict, self.inner, self.param_groups)
-        carried, merged = merged, carry.uncarry(merged)
-        loaded, notes = read.read(self._ema, merged), carry.notes_of(carried["param_groups"])
-        before = [dict(group) for group in self.param_groups]
-        self._load_inner(layout.split(merged)[0] if theirs is None else theirs)
+        theirs, merged = nested.parts(state_dict, self.inner, self.inner.param_groups)
+        merged, notes = carry.unpacked(merged)
+        loaded = read.read(self._ema, merged)
+        before = [dict(group) for group in self.inner.param_groups]
+        self._load_inner(loaded.inner if theirs is None else theirs)
         loaded.install(self._ema, notes)
         read.keep_options(self._ema, before, merged["param_groups"])
         self._ema.mark()

@@ -104,7 +104,7 @@ def batches_of(pairs: Iterable[tuple[Tensor, ...]], narrow: bool = False) -> Ite
     batch: Batch = []
     room, kind = 0, None
     for pair in pairs:
-        for piece in pieces_of(pair, narrow):
+        for piece in [pair] if pair[0].numel() <= CHUNK else pieces_of(pair, narrow):
             size = piece[0].numel()
             if not size:
                 continue

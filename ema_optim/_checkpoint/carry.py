@@ -67,6 +67,11 @@ def uncarry(state_dict: Mapping[str, Any]) -> layout.StateDict:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
+def unpacked(state_dict: Mapping[str, Any]) -> tuple[layout.StateDict, dict[str, Any]]:
+    """The inverse of ``carry``: a checkpoint, and the notes of who has carried it."""
+    return uncarry(state_dict), notes_of(state_dict.get("param_groups"))
+
+
 def is_carrying(groups: Sequence[Group]) -> bool:
     """Whether live param groups hold the EMA of a checkpoint."""
     return any(isinstance(group, Mapping) and _ENTRIES in group for group in groups)

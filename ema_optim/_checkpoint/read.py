@@ -33,6 +33,7 @@ class Loaded:
         held: What the model held then, as far as the checkpoint tells.
         further: The slots of the further windows, by name.
         difference: What the checkpoint says of its windows otherwise than this run.
+        inner: What is the inner optimizer's.
     """
 
     slots: dict[Tensor, Slot]
@@ -42,6 +43,7 @@ class Loaded:
     held: Held | None = None
     further: Mapping[str, dict[Tensor, Slot]] = field(default_factory=dict)
     difference: Difference = AS_EVER
+    inner: StateDict = field(default_factory=dict)
 
     def install(self, shadow: ShadowSet, notes: Mapping[str, Any] | None = None) -> None:
         """Replace the shadow set's EMA; what was swapped in before is forgotten."""
@@ -49,7 +51,8 @@ class Loaded:
         shadow.load(
             self.slots, self.step, self.swapped, self.held, notes, self.further, law_changed
         )
-        self.difference.tell(shadow)
+        if self.difference != AS_EVER:
+            self.difference.tell(shadow)
 
 
 def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
@@ -61,7 +64,8 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
     """
     check_form(state_dict)
     groups, saved = shadow.groups, state_dict["param_groups"]
-    shadow.refuse_own_decays(saved)
+    if shadow.others:
+        shadow.refuse_own_decays(saved)
     notes = _check_groups(groups, saved)
     pairs = packed_pairs(groups, saved)
     _check_states(groups, pairs, state_dict["state"])
@@ -80,7 +84,7 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
     if not swapped and not any(e.count for e in entries) and any(inner["state"].values()):
         # Nothing was averaged. A clock without averages would only be that of disabled groups.
         cold = bool(missing or entries)
-        return Loaded({}, 0 if cold else _clock(state_dict, entries), cold=cold)
+        return Loaded({}, 0 if cold else _clock(state_dict, entries), cold=cold, inner=inner)
     difference = compare(shadow, notes, ours.values())
     step = _clock(state_dict, entries)
     with no_autograd():
@@ -90,7 +94,7 @@ def read(shadow: ShadowSet, state_dict: Mapping[str, Any]) -> Loaded:
             for name, other in shadow.others.items()
         }
     texts = _texts(pairs, slots, notes)
-    return Loaded(slots, step, swapped, False, held(texts), further, difference)
+    return Loaded(slots, step, swapped, False, held(texts), further, difference, inner)
 
 
 def keep_options(shadow: ShadowSet, before: Sequence[Group], saved: Sequence[Group]) -> None:
@@ -99,7 +103,8 @@ def keep_options(shadow: ShadowSet, before: Sequence[Group], saved: Sequence[Gro
     What a group was given when it was wrapped or added wins; what was set on it later is kept where
     the checkpoint does not know it.
     """
-    for index, (group, old, new) in enumerate(zip(shadow.groups, before, saved, strict=True)):
+    live = shadow.source.param_groups
+    for index, (group, old, new) in enumerate(zip(live, before, saved, strict=True)):
         group.update({**options_of(old), **options_of(new), **_given(shadow, index)})
 
 
@@ -174,7 +179,7 @@ class _Entry:
         if swapped:
             slot = self._exchanged(shadow, parts)
         else:
-            slot = shadow.new_slot(self.param, self.group.options, parts)
+            slot = shadow.new_slot(self.param, self.group.options, parts, step)
         slot.set_counts(step, updates, share)
         return slot
 

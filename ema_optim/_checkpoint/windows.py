@@ -112,13 +112,18 @@ def compare(
             "the order of decay"
         )
     theirs = {shadow.name if name == first else name: own for name, own in theirs.items()}
-    found = dict.fromkeys([*theirs, *(name for state in states for name in by_window(state))])
+    found = dict.fromkeys([*theirs, *_names_in(states)])
     gone = [name for name in found if name not in mine["windows"]]
     changed = [name for name, own in mine["windows"].items() if theirs.get(name, own) != own]
     if any(law.get(key, mine[key]) != mine[key] for key in ("update_every", "update_after_step")):
         changed = list(mine["windows"])
     lost = bool(changed or law.get("changed"))
     return Difference(gone, changed if len(mine["windows"]) > 1 else (), lost)
+
+
+def _names_in(states: Iterable[Mapping[str, Any]]) -> list[str]:
+    keys = (key for state in states for key in state if key.startswith(PREFIX))
+    return [key.removeprefix(PREFIX).partition(_LOW)[0] for key in keys]
 
 
 def told(notes: Iterable[Notes]) -> str | None:

@@ -112,13 +112,14 @@ class Offload:
 
     Attributes:
         at_once: Whether writes are to wait for the copies of a step as soon as it has ended.
+        jobs: What the worker has still to do, or has done since somebody looked.
     """
 
     def __init__(self, accelerator: Any = None) -> None:
         self._accelerator = accelerator
         self.at_once = True
         self._copies: list[tuple[torch.device, _Copy]] = []
-        self._jobs: list[Future[None]] = []
+        self.jobs: list[Future[None]] = []
         self._failure: RuntimeError | None = None
 
     @classmethod
@@ -158,6 +159,8 @@ class Offload:
         Raises:
             RuntimeError: Somebody has written to them before; or the worker has failed.
         """
+        if self._accelerator is None:
+            return
         self.hold_writes()
         self._look_at_jobs(lambda job: job.done())
         if self._failure is not None:
@@ -183,21 +186,24 @@ class Offload:
         Raises:
             RuntimeError: As ``before_write``.
         """
+        if self._accelerator is None:
+            return
         self.join()
         self.before_write()
 
     def forget(self) -> None:
         """Have everything ended and its errors forgotten: the EMA begins anew."""
-        self.join()
-        self._copies, self._failure = [], None
+        if self._accelerator is not None:
+            self.join()
+            self._copies, self._failure = [], None
 
     def _look_at_jobs(self, which: Callable[[Any], bool]) -> None:
-        for job in filter(which, list(self._jobs)):
+        for job in filter(which, list(self.jobs)):
             if (error := job.exception()) is not None and self._failure is None:
                 self._failure = RuntimeError(f"{_FAILED} ({type(error).__name__}: {error})")
                 self._failure.__cause__ = error
             with suppress(ValueError):  # another thread has looked
-                self._jobs.remove(job)
+                self.jobs.remove(job)
 
     def _copy(self, staging: "Staging", weights: Tensors) -> _Copy:
         accelerator, device = self._accelerator, weights[0].device
@@ -212,7 +218,7 @@ class Offload:
     def _start(self, device: torch.device, copy: _Copy, update: Callable[[], None]) -> Any:
         self._copies.append((device, copy))
         job = self._accelerator.start(partial(self._work, copy, update))
-        self._jobs.append(job)
+        self.jobs.append(job)
         return job
 
     def _work(self, copy: _Copy, update: Callable[[], None]) -> None:

@@ -37,7 +37,8 @@ class Births(Holdings):
 
     def members(self) -> list[Tensor]:
         """Unique parameters that have, or at the next step will have, an EMA."""
-        return list(dict.fromkeys([*chain(*map(self._followed, self.groups)), *self.absent.keys()]))
+        followed = (self._followed(group, self.options.of(group)) for group in self.groups)
+        return list(dict.fromkeys([*chain(*followed), *self.absent.keys()]))
 
     def new_slot(
         self, param: Tensor, options: Options, parts: Parts | None = None, steps: int | None = None
@@ -51,11 +52,14 @@ class Births(Holdings):
             steps: The clock of its group; None for the largest.
         """
         kept = (param, None) if parts is None else parts
-        self.offload.check([param])
-        format, host = ema_format(param.dtype, options.dtype), self.offload.serves(param)
-        slot = Slot.of(param, kept, format, host=host)
+        host = self.device is not None and self._goes_to_host(param)
+        slot = Slot.of(param, kept, ema_format(param.dtype, options.dtype), host=host)
         slot.counter.steps = self.step if steps is None else steps
         return slot
+
+    def _goes_to_host(self, param: Tensor) -> bool:
+        self.offload.check([param])
+        return self.offload.serves(param)
 
     def slot_for(self, param: Tensor) -> Slot:
         """The slot of a parameter, made if it has none, to be written to."""
@@ -69,8 +73,10 @@ class Births(Holdings):
     def clock_of(self, group: Group) -> int:
         """The clock of a param group: how many of its steps were counted."""
         slots = filter(None, map(self.all_slots().get, group["params"]))
-        marked = min(self.step, group.get("ema_step", self.step))  # an old mark after a new start
-        return max((slot.counter.steps for slot in slots), default=marked)
+        if steps := [slot.counter.steps for slot in slots]:
+            return max(steps)
+        marked: int = group.get("ema_step", self.step)
+        return min(self.step, marked)  # an old mark after a new start
 
     def set_ema_step(self, slot: Slot, ema_step: int) -> None:
         """Have a slot show a counter that an engine assigns."""
@@ -93,7 +99,8 @@ class Births(Holdings):
 
     def forget_lanes(self) -> None:
         """Have the buckets made anew at the next step (a slot was changed from outside)."""
-        self.settle()
+        if self.deferred.waiting:
+            self.settle()
         self._lanes.clear()
         self.forget_memory()
 
@@ -120,19 +127,19 @@ class Births(Holdings):
         here, known = dict[Tensor, Slot](), self.all_slots()
         for group in groups:
             options, clock = self.options.of(group), self.clock_of(group)
-            for param in self._followed(group):
+            for param in self._followed(group, options):
                 if param not in here:
                     slot = self._mended(param, known.get(param), options)
                     here[param] = slot or self.new_slot(param, options, steps=clock)
         stepped, held = (set(map(id, ps)) for ps in (params, self._lanes.params()))
         gone = {p: s for p, s in known.items() if id(p) not in stepped}
-        self.slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}
+        self._slots = {**here, **{p: s for p, s in gone.items() if id(p) in held}}
         # A model has all its parameters at any time: what is not there is gone for good.
         left = {p: s for p, s in gone.items() if self.sees_steps and id(p) not in held}
         self.set_absent(left)
 
-    def _followed(self, group: Group) -> list[Tensor]:
-        if not self.options.of(group).enabled:
+    def _followed(self, group: Group, options: Options) -> list[Tensor]:
+        if not options.enabled:
             return []
         slots = self.all_slots()
         return [p for p in group["params"] if p in slots or follows(group, p)]
@@ -143,7 +150,8 @@ class Births(Holdings):
         if slot.ema.shape != param.shape:
             self.warn_of_shape(param)
             return None
-        wanted, host = ema_format(param.dtype, options.dtype), self.offload.serves(param)
+        wanted = ema_format(param.dtype, options.dtype)
+        host = self.device is not None and self.offload.serves(param)
         moved = not slot.lies(param, host)
         if moved or (slot.format != wanted and param not in self.swapped):
             slot.convert(param, wanted, host)

@@ -94,13 +94,6 @@ class Bucket:
         for slot, met in zip(self.slots, self.met.unbind(), strict=True):
             slot.met = met
 
-    def fuse(self) -> None:
-        """Have a kernel make the updates from now on, where there is one for them."""
-        # Quantized weights are made for the moment; what is in host memory a worker averages.
-        if not self.quantized and self.staging is None:
-            dtype, starts = self.params[0].dtype, self.starts
-            self.plan = plan_for(self.format, self.emas, self.lows, starts, dtype, self.met)
-
     def is_steady(self, after: int) -> bool:
         """Whether neither the factor nor a random bit of the next updates depends on the count."""
         drawn = callable(self.decay) or self.plan is None or self.plan.draws
@@ -179,17 +172,28 @@ def make_buckets(
                 source = id(decay) if callable(decay) else decay
                 counter = Counter(clock, age, share)
                 made = Bucket(decay, counter, slot.format, sharded, alone is not None)
-                made.staging = offload.staging() if slot.host else None
-                key = (*kind, slot.host, source, clock, stage, share == 0.0)
+                host = slot.staging is not None
+                made.staging = offload.staging() if host else None
+                key = (*kind, host, source, clock, stage, share == 0.0)
                 bucket = buckets.setdefault(key, made)
                 slot.count_with(bucket.counter, age, share)
                 bucket.add(param, slot, first + first_element(param) if sharded else first)
             seen.add(param)
             first += 0 if slot is None and is_lazy(param) else param.numel()
     _share_scratch(bucket for bucket in buckets.values() if bucket.staging is None)
-    # The worker has its own: it averages while others do.
-    _share_scratch(bucket for bucket in buckets.values() if bucket.staging is not None)
+    if hosted := [bucket for bucket in buckets.values() if bucket.staging is not None]:
+        _share_scratch(hosted)  # the worker has its own: it averages while others do
     return list(buckets.values())
+
+
+def fuse(buckets: Iterable[Bucket]) -> None:
+    """Have a kernel make the updates from now on, where there is one for them."""
+    for bucket in buckets:
+        # Quantized weights are made for the moment; what is in host memory a worker averages.
+        if not bucket.quantized and bucket.staging is None:
+            dtype, emas = bucket.params[0].dtype, bucket.emas
+            parts = emas, bucket.lows, bucket.starts
+            bucket.plan = plan_for(bucket.format, *parts, dtype, bucket.met)
 
 
 def is_lazy(param: Tensor) -> bool:
@@ -199,13 +203,19 @@ def is_lazy(param: Tensor) -> bool:
 
 def _share_scratch(buckets: Iterable[Bucket]) -> None:
     """Give the buckets of narrower weights one buffer between them, and all the same noise."""
-    words, mixed = Words(), list[Bucket]()
+    rounding, mixed = list[Bucket](), list[Bucket]()
     for bucket in buckets:
-        bucket.words = words
-        if bucket.emas[0].dtype != bucket.params[0].dtype and not bucket.format.rounds:
+        if bucket.format.rounds:
+            rounding.append(bucket)
+        elif bucket.emas[0].dtype != bucket.params[0].dtype:
             mixed.append(bucket)
-    for bucket, casts in zip(mixed, casts_of([b.emas for b in mixed]), strict=True):
-        bucket.casts = casts
+    if rounding:
+        words = Words()
+        for bucket in rounding:
+            bucket.words = words
+    if mixed:
+        for bucket, casts in zip(mixed, casts_of([b.emas for b in mixed]), strict=True):
+            bucket.casts = casts
 
 
 def follows(group: Group, param: Tensor) -> bool:

@@ -46,6 +46,8 @@ def choose(shadow: ShadowSet, decay: Choice, max_error: float) -> Shown | None:
             decay of a window was changed, so that nothing can be combined.
         TypeError: ``decay`` is neither a name nor a decay.
     """
+    if decay is None and max_error == 0.05:
+        return None  # nothing was asked for
     limit = _as_limit(max_error)
     if decay is None:
         return None

@@ -29,13 +29,10 @@ class _Waiting:
 
 
 class Deferred:
-    """What is still to be counted, by lane."""
+    """What is still to be counted, in ``waiting`` by lane."""
 
     def __init__(self) -> None:
-        self._waiting: dict[Lane, _Waiting] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+        self.waiting: dict[Lane, _Waiting] = {}
 
     def takes(self, lane: Lane, found_inf: Any, every: int, after: int) -> bool:
         """Whether a step of a lane can be left to the device.
@@ -54,10 +51,10 @@ class Deferred:
 
     def average(self, lane: Lane, found_inf: Tensor) -> None:
         """Average, unless the device finds the step skipped."""
-        waiting = self._waiting.get(lane)
+        waiting = self.waiting.get(lane)
         if waiting is None:
             skips = torch.zeros((), dtype=torch.int64, device=found_inf.device)
-            waiting = self._waiting[lane] = _Waiting(lane.plan, skips)
+            waiting = self.waiting[lane] = _Waiting(lane.plan, skips)
         for bucket, factor in lane.plan:
             bucket.launch(factor, found_inf)
         waiting.calls += 1
@@ -65,9 +62,9 @@ class Deferred:
 
     def settle(self) -> Iterator[Lane]:
         """Count what was made; yields the lanes whose counts have moved."""
-        for lane, waiting in list(self._waiting.items()):
+        for lane, waiting in list(self.waiting.items()):
             made = waiting.calls - int(waiting.skips)
-            del self._waiting[lane]
+            del self.waiting[lane]
             for bucket, factor in waiting.plan:
                 bucket.counter.advance(made, factor)
             yield lane

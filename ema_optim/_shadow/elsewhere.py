@@ -16,7 +16,7 @@ from .swap_state import Mode
 
 def refuse_captured(shadow: ShadowSet, what: str) -> None:
     """Raise RuntimeError where what is done now goes into a graph that is replayed later."""
-    params = (param for group in shadow.groups for param in group["params"])
+    params = (param for group in shadow.source.param_groups for param in group["params"])
     if torch.compiler.is_compiling() or (param := next(params, None)) is None:
         return
     # A CPU knows of no capture, and torch's builds without CUDA refuse to be asked.

@@ -62,18 +62,21 @@ class Holdings(Settings):
     @property
     def slots(self) -> dict[Tensor, Slot]:
         """The slots by parameter, every update of them made."""
-        self.offload.join()
+        if self.offload.jobs:
+            self.offload.join()
         return self._slots
 
     @slots.setter
     def slots(self, slots: dict[Tensor, Slot]) -> None:
-        self.offload.join()
+        if self.offload.jobs:
+            self.offload.join()
         self._slots = slots
 
     @property
     def step(self) -> int:
         """The largest clock: counted optimizer steps."""
-        self.settle()
+        if self.deferred.waiting:
+            self.settle()
         return self._step
 
     @step.setter
@@ -82,7 +85,7 @@ class Holdings(Settings):
 
     def settle(self) -> None:
         """Count the steps that were left to the device; waits for it where there are any."""
-        for lane in self.deferred.settle() if self.deferred else ():
+        for lane in self.deferred.settle():
             self._step = max(self._step, *(bucket.counter.steps for bucket in lane.buckets))
             lane.mark(self._step)
 
@@ -98,13 +101,19 @@ class Holdings(Settings):
 
     def all_slots(self) -> dict[Tensor, Slot]:
         """Every slot by parameter, those of absent parameters too."""
-        self.settle()
-        return {**dict(self.absent.items()), **self.slots} if self.absent else self.slots
+        if self.deferred.waiting:
+            self.settle()
+        if self.offload.jobs:
+            self.offload.join()
+        return {**dict(self.absent.items()), **self._slots} if self.absent else self._slots
 
     def find(self, param: Tensor) -> Slot | None:
         """The slot of a parameter, if it has one."""
-        self.settle()
-        slot = self.slots.get(param)
+        if self.deferred.waiting:
+            self.settle()
+        if self.offload.jobs:
+            self.offload.join()
+        slot = self._slots.get(param)
         return self.absent.get(param) if slot is None and self.absent else slot
 
     def drop(self, param: Tensor) -> None:
@@ -130,7 +139,7 @@ class Holdings(Settings):
         """Whether a swap parks the weights, because an exchange would round or mix values."""
         if self._shared is None:
             self.look_at_memory()
-        if slot.host:
+        if slot.staging is not None:
             return True
         if place_of(param) != place_of(slot.ema) or param in (self._shared or ()):
             return True

@@ -53,11 +53,11 @@ class Lane:
     def of(
         cls,
         groups: Sequence[Group],
+        params: list[Tensor],
         slots: Mapping[Tensor, Slot],
         buckets: list[Bucket],
     ) -> "Lane":
-        """The lane of buckets that were just made from these groups."""
-        params = params_of(groups)
+        """The lane of buckets that were just made from these groups and their parameters."""
         followed = [param for bucket in buckets for param in bucket.params]
         waiting = [
             p for g in groups if g.get("ema_enabled", True) for p in g["params"] if p not in slots

@@ -20,7 +20,7 @@ from .._arithmetic.formats import FORMATS
 from .._engines.replaced import kinds_of, refuse_replaced
 from .._engines.sharding import local, refuse_flat
 from ..schedules import decay_factor
-from .buckets import is_dry, make_buckets, params_of
+from .buckets import fuse, is_dry, make_buckets, params_of
 from .holdings import no_autograd
 from .lanes import Lane
 from .mistakes import BFLOAT16, NOTHING
@@ -67,10 +67,11 @@ class ShadowSet(Windows):
             initialisation of distributed checkpoints, which is made before the weights are loaded.
         """
         self.keys.refuse()
-        self.offload.before_write()
-        # The next write is not ours either; or it may be one by hand, with every step averaged.
-        self.offload.at_once = moved or not self.sees_steps or self.update_every == 1
-        groups = self.groups
+        if self.device is not None:
+            self.offload.before_write()
+            # The next write is not ours either; or it may be one by hand, with every step averaged.
+            self.offload.at_once = moved or not self.sees_steps or self.update_every == 1
+        groups = self.source.param_groups
         lane = self._lane(groups)
         # Before a dry step returns: a distributed checkpoint asks for what every window has.
         others = [(other, other.begin_step(moved)) for other in self.others.values()]
@@ -107,10 +108,8 @@ class ShadowSet(Windows):
             return
         for other, theirs in lane.others:
             other.finish_step(theirs, found_inf)
-        with no_autograd():
-            if self.deferred.takes(lane, found_inf, self.update_every, self.update_after_step):
-                self.deferred.average(lane, found_inf)
-                return
+        if found_inf is not None and self._defers(lane, found_inf):
+            return
         if found_inf:  # on an accelerator that is a wait
             return
         with no_autograd():
@@ -120,12 +119,20 @@ class ShadowSet(Windows):
                 bucket.counter.tick(self.update_after_step)
                 self._step = max(self._step, bucket.counter.steps)
                 # The next step may be made without a look at the weights before it.
-                begins = bucket.is_placeholder or not self.sees_steps
-                if begins and bucket.counter.steps == self.update_after_step:
+                begins = bucket.counter.steps == self.update_after_step
+                if begins and (bucket.is_placeholder or not self.sees_steps):
                     bucket.seed()
-        if self.offload.at_once:
+        if self.device is not None and self.offload.at_once:
             self.offload.hold_writes()
         lane.mark(self._step)
+
+    def _defers(self, lane: Lane, found_inf: Any) -> bool:
+        """Whether the device itself averages or does not; the step is counted at the next read."""
+        with no_autograd():
+            takes = self.deferred.takes(lane, found_inf, self.update_every, self.update_after_step)
+            if takes:
+                self.deferred.average(lane, found_inf)
+        return takes
 
     def has_stepped(self) -> bool:
         """Whether the weights have moved, as far as can be seen, though nothing was averaged."""
@@ -161,11 +168,14 @@ class ShadowSet(Windows):
             windows: The slots of the further windows, by name.
             law_changed: Whether their law is not known.
         """
-        self.load_windows(windows, step, law_changed)
-        self.offload.forget()
+        self.law_changed = law_changed
+        if self.others:
+            self.load_windows(windows, step)
+        if self.device is not None:
+            self.offload.forget()
         self.forget_lanes()
         self.take(slots, swapped)
-        self.step, self.held, self._notes = step, held, notes or {}
+        self._step, self.held, self._notes = step, held, notes or {}
         self.origin = Origin.at(step)
 
     def take_notes(self) -> Mapping[str, Any]:
@@ -240,21 +250,21 @@ class ShadowSet(Windows):
         params = params_of(groups)
         for group in groups:
             check_options(group)
-        self.refuse_own_decays(groups)
+        if self.others:
+            self.refuse_own_decays(groups)
         refuse_replaced(self._known, params)
         self.forget_memory()
         self._lanes.leave(groups)
         self._known = kinds_of([*params, *self._lanes.params()])
         with no_autograd():
             self.look_after_slots(groups)
-        if any(slot.format == FORMATS[torch.bfloat16] for slot in self.slots.values()):
+        slots = self._slots
+        if any(slot.format == FORMATS[torch.bfloat16] for slot in slots.values()):
             self.warned.once("bfloat16", BFLOAT16)
         with no_autograd():
-            every, clock_of = self.update_every, self.clock_of
-            offload = self.offload
-            buckets = make_buckets(groups, self.slots, self.options, every, clock_of, offload)
+            options, every, offload = self.options, self.update_every, self.offload
+            buckets = make_buckets(groups, slots, options, every, self.clock_of, offload)
             for bucket in buckets if self.skip_non_finite else ():
                 bucket.watch()
-            for bucket in buckets:
-                bucket.fuse()
-        return Lane.of(groups, self.slots, buckets)
+            fuse(buckets)
+        return Lane.of(groups, params, slots, buckets)

@@ -25,7 +25,7 @@ from .._engines.quantized import dense
 from .._engines.sharding import holds_on_all_ranks, local, locals_of, reshard
 from ..schedules import decay_factor
 from . import pending, record, report
-from .choice import Shown, read_from
+from .choice import Shown
 from .holdings import no_autograd
 from .shadow_set import ShadowSet
 from .swap_state import Mode, Move, Slots, write_shown
@@ -93,13 +93,17 @@ def enter_eval(shadow: ShadowSet) -> None:
 def put_in(shadow: ShadowSet, shown: Shown | None = None) -> None:
     """Put the EMA weights in, with the warnings that they may be worth."""
     counted = shadow.counted()
-    for window in read_from(shadow, shown):
-        report.warn_young(window, "swap", window.counted())
-        report.warn_skipped(window)
+    windows = [(shadow, counted)]
+    if shown is not None:
+        windows = [(window, window.counted()) for window in shown.windows]
+    for window, slots in windows:
+        report.warn_young(window, "swap", slots)
+        if window.skip_non_finite:
+            report.warn_skipped(window)
     doubtful = swap_in(shadow, counted, shown)
     shadow.mark_swapped()
-    for window in read_from(shadow, shown) if doubtful else ():
-        report.warn_non_finite(window, window.counted())
+    for window, slots in windows if doubtful else ():
+        report.warn_non_finite(window, slots)
 
 
 def swap_in(shadow: ShadowSet, counted: Slots, shown: Shown | None = None) -> bool:
@@ -112,7 +116,8 @@ def swap_in(shadow: ShadowSet, counted: Slots, shown: Shown | None = None) -> bo
     with state.alone("a swap"):
         if not counted:
             return False
-        shadow.offload.settle()
+        if shadow.device is not None:
+            shadow.offload.settle()
         record.refuse_interrupted(state, counted)
         reshard(counted, shadow.module)
         shadow.look_at_memory()
@@ -137,7 +142,7 @@ def swap_in(shadow: ShadowSet, counted: Slots, shown: Shown | None = None) -> bo
                 raise
             if shown is not None:
                 return True
-            emas = locals_of(slot.ema for slot in parking.values())
+            emas = locals_of(slot.ema for slot in parking.values()) if parking else []
             return move.exchange.doubtful() or bool(parking and non_finite(emas))
 
 
@@ -318,7 +323,7 @@ def check_can_step(shadow: ShadowSet, has_closure: bool) -> None:
 
 def refuse_others(shadow: ShadowSet, what: str) -> None:
     """Raise RuntimeError where another object has its EMA weights in the parameters."""
-    params = (param for group in shadow.groups for param in group["params"])
+    params = (param for group in shadow.source.param_groups for param in group["params"])
     record.refuse_others(shadow.swap, params, what)
 
 

@@ -54,7 +54,9 @@ class Move:
         self.exchange = Exchange(emas, locals_of(exchanged), not arrived, done=arrived)
         kept = {p: s.parked for p, s in parking.items() if arrived and s.parked is not None}
         kept |= {p: s.aside(p, p) for p, s in parking.items() if s.host and p not in kept}
-        self._parked = kept | _copies([param for param in parking if param not in kept])
+        if copied := [param for param in parking if param not in kept]:
+            kept |= _copies(copied)
+        self._parked = kept
 
     def put_in(self) -> None:
         """Put the EMA weights in."""

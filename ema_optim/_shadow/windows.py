@@ -116,9 +116,8 @@ class Windows(Births):
         """``laws`` as a text in which no semicolon is."""
         return json.dumps(self.laws(), allow_nan=False)
 
-    def load_windows(self, slots: Mapping[str, Slots], step: int, law_changed: bool) -> None:
+    def load_windows(self, slots: Mapping[str, Slots], step: int) -> None:
         """Have the further windows hold these slots alone, by name."""
-        self.law_changed = law_changed
         for name, other in self.others.items():
             other.load(slots.get(name, {}), step)
 
