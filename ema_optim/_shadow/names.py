@@ -90,6 +90,7 @@ def load_ema_state(
     strict: bool,
 ) -> None:
     """Make ``state`` the EMA; everything is checked before anything changes."""
+    check_by_name(state)  # before the model: the two are mixed up easily
     take_loaded(shadow, matched(_named_tensors(model), set(shadow.members()), state, strict))
 
 
@@ -104,7 +105,6 @@ def matched(
         state: Values by name.
         strict: Whether the names must be exactly those of the members.
     """
-    check_by_name(state)
     found = _by_known_names(state, named)
     targets = {name: named[name] for name in found if name in named and named[name] in members}
     if strict:

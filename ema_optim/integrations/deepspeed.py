@@ -13,6 +13,7 @@ from .._checkpoint import layout, read
 from .._door import Door
 from .._shadow import names, report, swap
 from .._shadow.blocks import as_block
+from .._shadow.mistakes import check_by_name
 from .._shadow.options import check_groups, warn_of_tau
 from .._shadow.shadow_set import ShadowSet
 from .._shadow.slots import Group
@@ -190,6 +191,7 @@ class EMAEngine(Door):
         swap.get_ready(self._ema)
         swap.refuse_swapped(self._ema, "load_ema_state()")
         refuse_by_name(self.engine)
+        check_by_name(state)
         named = self._named()
         shapes = {p: torch.empty(shape_of(p), device="meta") for p in named.values()}
         known = {name: shapes[param] for name, param in named.items()}
