@@ -1,13 +1,13 @@
 """What doors offer alike: to read the average, make it the weights, begin anew, compile."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ._forwarding import ForwardingOptimizer
-from ._shadow import names, pending, report, swap, teacher
+from ._shadow import mistakes, names, pending, report, swap, teacher
 from ._shadow.choice import Choice, choose, in_place, read_from
 from ._shadow.compiled import CompiledStep
 from ._shadow.shadow_set import ShadowSet
@@ -33,19 +33,23 @@ class Door:
         """Whether the EMA weights are in the parameters now."""
         return bool(self._ema.swapped)
 
-    def apply_ema(self, *, decay: Choice = None, max_error: float = 0.05) -> None:
+    def apply_ema(self, *model: NoReturn, decay: Choice = None, max_error: float = 0.05) -> None:
         """Make the EMA weights the training weights, one way (the EMA stays as it is).
 
         Inside a swap nothing is swapped back then.
 
         Args:
+            model: Not to be given: the weights of the model that is trained are written to.
             decay: Which average, as for ``swap_ema_weights``.
             max_error: The limit of its told error.
 
         Raises:
+            TypeError: Something was given without a name.
             RuntimeError: Another object has its EMA weights in the parameters.
             ValueError: There is no such average.
         """
+        if model:
+            mistakes.refuse_model(model[0])
         swap.get_ready(self._ema)
         self._look()
         swap.refuse_others(self._ema, "apply_ema()")

@@ -11,7 +11,7 @@ from ._checkpoint import layout, model_form, read
 from ._door import Door
 from ._engines import adapters
 from ._shadow import elsewhere, mistakes, names, report, swap, teacher
-from ._shadow.blocks import as_block
+from ._shadow.blocks import as_block, is_enabled
 from ._shadow.buffers import HeldBuffers, Wanted
 from ._shadow.choice import Choice, choose, in_place, read_from
 from ._shadow.model_groups import ModelGroups
@@ -192,7 +192,7 @@ class EMAModel(Door):
                 that has left them merged (they are unmerged then). At the end, where another object
                 has swapped since and not yet back.
         """
-        if not enabled:
+        if not is_enabled(enabled):
             yield
             return
         self._refuse_in_block("use_ema()")

@@ -21,7 +21,7 @@ from ._checkpoint.state import StateView, replace_state
 from ._door import InnerDoor
 from ._forwarding import call_if_there, forwarding_class, inner_step
 from ._shadow import elsewhere, swap
-from ._shadow.blocks import as_block
+from ._shadow.blocks import as_block, is_enabled
 from ._shadow.choice import Choice, choose
 from ._shadow.options import check_groups, check_new_group, check_wrappable, warn_of_tau
 from ._shadow.shadow_set import ShadowSet
@@ -216,7 +216,7 @@ class EMAOptimizer(InnerDoor):
             ValueError: There is no such window, the told error is above its limit, or a decay was
                 changed on a resume, so that nothing can be combined.
         """
-        if not enabled:
+        if not is_enabled(enabled):
             yield
             return
         swap.get_ready(self._ema)

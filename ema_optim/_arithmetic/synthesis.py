@@ -10,12 +10,13 @@ lags is minimised. Plain weights are the average with decay 0.0.
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..schedules import Decay, Schedule, _call
+from .at_once import AT_ONCE
 from .laws import law_of
 
 
@@ -194,12 +195,13 @@ def _decays(decay: Decay, updates: int) -> Tensor:
     """Return the decays of the updates 1 to ``updates``, one a step."""
     if not callable(decay):
         return torch.full((updates,), float(decay), dtype=torch.float64)
-    exponent = _exponent(decay)
-    if exponent is None:
+    try:
+        law: Any = law_of(decay)
+    except TypeError:  # a function of the user's
         return _called(decay, updates)
     # As the schedule computes it, for all steps at once: a sweep asks for many such targets.
     numbers = torch.arange(1, updates + 1, dtype=torch.float64)
-    return (exponent * (-1 / numbers).log1p()).exp()
+    return AT_ONCE[law["schedule"]](numbers, **decay.keywords)  # type: ignore[attr-defined]
 
 
 def _called(decay: Schedule, updates: int) -> Tensor:
@@ -208,12 +210,3 @@ def _called(decay: Schedule, updates: int) -> Tensor:
     if wrong.any():  # looked at together, as a check for each costs more than most schedules
         _call(decay, int(wrong.nonzero()[0]) + 1)
     return called
-
-
-def _exponent(decay: Decay) -> float | None:
-    try:
-        law = law_of(decay)
-    except TypeError:  # a function of the user's
-        return None
-    power = isinstance(law, dict) and law["schedule"] == "power"
-    return float(law["exponent"]) if power else None  # type: ignore[arg-type,index]

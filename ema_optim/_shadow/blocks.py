@@ -45,6 +45,16 @@ def as_block(
     return made
 
 
+def is_enabled(enabled: object) -> bool:
+    """Whether a block is to swap; raise TypeError for an average, which would swap the first."""
+    if isinstance(enabled, (str, float)) or callable(enabled):
+        raise TypeError(
+            f"enabled must be True or False, got {enabled!r}: an average is named by decay=, as in "
+            f"swap_ema_weights(decay={enabled!r})"
+        )
+    return bool(enabled)
+
+
 @as_block
 def swap_ema_weights(owners: Sequence[Any], enabled: bool = True) -> Iterator[None]:
     """Swap several optimizers (and EMAModels) as one: all of them, or none.
@@ -69,7 +79,7 @@ def swap_ema_weights(owners: Sequence[Any], enabled: bool = True) -> Iterator[No
         ...     models[1](models[0](torch.randn(8, 2)))
     """
     _check_owners(owners)
-    with _nested(list(owners) if enabled else []):
+    with _nested(list(owners) if is_enabled(enabled) else []):
         yield
 
 

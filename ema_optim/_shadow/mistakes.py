@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,6 +36,16 @@ def check_model(model: object) -> None:
     if isinstance(model, Optimizer):
         remedy += "; for an optimizer there is EMAOptimizer(optimizer)"
     raise TypeError(f"model must be a torch.nn.Module, got {type(model)}: {remedy}")
+
+
+def refuse_model(given: object) -> NoReturn:
+    """Raise TypeError for what was handed to ``apply_ema()`` without a name."""
+    got = type(given) if isinstance(given, (nn.Module, Optimizer)) else repr(given)
+    raise TypeError(
+        f"apply_ema() takes no model, got {got}: it writes to the weights that are trained. An "
+        "average is named by decay=, as in apply_ema(decay='long'); another model loads what "
+        "get_ema_state() returns"
+    )
 
 
 def check_by_name(state: object) -> None:

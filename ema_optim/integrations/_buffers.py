@@ -8,7 +8,7 @@ and loads both.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -168,9 +168,9 @@ class BufferedEMAOptimizer(EMAOptimizer):
 
     use_ema = swap_ema_weights
 
-    def apply_ema(self, *, decay: Choice = None, max_error: float = 0.05) -> None:
+    def apply_ema(self, *model: NoReturn, decay: Choice = None, max_error: float = 0.05) -> None:
         """As ``EMAOptimizer`` has it, with the averaged buffers."""
-        super().apply_ema(decay=decay, max_error=max_error)
+        super().apply_ema(*model, decay=decay, max_error=max_error)
         if self.buffers is not None:
             self.buffers.apply_ema(decay=decay, max_error=max_error)
 

@@ -10,9 +10,13 @@ from ema_optim import (
     EMAOptimizer,
     debiased_decay,
     equal_average,
+    exponential_warmup_decay,
+    inverse_gamma_decay,
     power_decay,
+    samples_half_life_decay,
     warmup_decay,
 )
+from ema_optim._arithmetic import synthesis
 from ema_optim._arithmetic.synthesis import Average, Solver, factors, lags
 from ema_optim.schedules import decay_factor
 
@@ -265,7 +269,20 @@ def whole_lag(average):
     return torch.cat([lags(factors(average, average.step), [(0, average.step)]), late])
 
 
-DECAYS = [0.0, 1.0, 0.9, power_decay(0.07), warmup_decay(0.99), equal_average(), lambda t: 1 / t]
+OWN = [
+    power_decay(0.07),
+    warmup_decay(0.99),
+    warmup_decay(0.5),
+    inverse_gamma_decay(0.9, inv_gamma=3.0, power=0.7, min_decay=0.4),
+    exponential_warmup_decay(0.99, tau=20.0),
+    debiased_decay(0.98),
+    debiased_decay(1.0),
+    debiased_decay(0.0),
+    samples_half_life_decay(400.0, batch_size=16, ramp_up=0.3),
+    samples_half_life_decay(400.0, batch_size=16),
+    equal_average(),
+]
+DECAYS = [0.0, 1.0, 0.9, *OWN, lambda t: 1 / t]
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -284,3 +301,10 @@ def test_factors_are_those_of_the_updates(decay, every, after):
 def test_a_schedule_that_leaves_its_range_is_named_with_the_step(value):
     with pytest.raises(ValueError, match=rf"decay\(7\) must be in \[0, 1\], got {value}"):
         factors(Average(lambda step: value if step == 7 else 0.5, 10), 10)
+
+
+@pytest.mark.parametrize("decay", OWN)
+def test_no_schedule_of_the_package_is_called_for_each_step(decay, monkeypatch):
+    # A run of a million steps: a call for each takes over a second, and a sweep has many targets.
+    monkeypatch.setattr(synthesis, "_called", None)
+    assert len(factors(Average(decay, 10**5), 10**5)) == 10**5

@@ -276,7 +276,7 @@ MISTAKES = [
     (lambda o, e, m: o.load_ema_state(m, whole_checkpoint(o, m)), r"goes to load_state_dict\(\)"),
     (lambda o, e, m: e.load_ema_state(e.state_dict()), r"pass what get_ema_state\(\) returned"),
     (lambda o, e, m: o.load_ema_state(m.state_dict(), m), "state must hold tensors by parameter"),
-    (lambda o, e, m: o.apply_ema(m), r"apply_ema\(\) takes 1 positional"),
+    (lambda o, e, m: o.apply_ema(m), r"apply_ema\(\) takes no model"),
 ]
 
 

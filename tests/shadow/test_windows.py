@@ -14,7 +14,7 @@ from runs import Run as Training
 from steps import param, train, train_alike
 from torch.optim import SGD, AdamW
 
-from ema_optim import EMAModel, EMAOptimizer, power_decay
+from ema_optim import EMAModel, EMAOptimizer, power_decay, swap_ema_weights
 from ema_optim._arithmetic.formats import FORMATS
 
 pytestmark = pytest.mark.filterwarnings("ignore:an EMA in bfloat16")
@@ -304,6 +304,27 @@ def test_a_choice_that_cannot_be_is_refused_before_anything_moves(which, error, 
         run.optimizer.apply_ema(**which)
     with pytest.raises(error, match=message):
         run.optimizer.get_ema_state(run.model, **which)
+    assert same(run.facts(), before)
+
+
+@pytest.mark.parametrize("given", ["long", LONG, power_decay(0.1)])
+def test_an_average_without_its_keyword_is_refused_and_not_taken_for_true(given):
+    run, model = Training(decay=TWO).train(5), torch.nn.Linear(2, 2)
+    ema = EMAModel(model, TWO)
+    pairs = [(swap_ema_weights, ([run.optimizer], given)), (ema.use_ema, (given,))]
+    for swap, arguments in [*pairs, (run.optimizer.swap_ema_weights, (given,))]:
+        with pytest.raises(TypeError, match="named by decay="), swap(*arguments):
+            pass
+    for door in (run.optimizer, ema):
+        with pytest.raises(TypeError, match=r"apply_ema\(\) takes no model"):
+            door.apply_ema(given)
+
+
+def test_apply_ema_of_a_model_says_what_to_do():
+    run = Training(decay=TWO).train(5)
+    before = run.facts()
+    with pytest.raises(TypeError, match=r"takes no model, got .*Sequential.*get_ema_state\(\)"):
+        run.optimizer.apply_ema(run.model)
     assert same(run.facts(), before)
 
 
