@@ -89,6 +89,7 @@ class EMASnapshots:
             raise RuntimeError("save() before the first step: there is no average yet")
         spread = self._check(shadow)
         _on_first(partial(self._make_room, shadow), spread)
+        _warn_of_late(shadow, model)
         for name, average in shadow.averages("EMASnapshots.save()").items():
             path = self.folder / file_name(name, average.step)
             with no_autograd():
@@ -229,6 +230,23 @@ def _source(ema: Door, model: nn.Module | None) -> tuple[ShadowSet, nn.Module]:
     pending.check_model(ema._ema)
     ema._look()
     return ema._ema, own
+
+
+def _warn_of_late(shadow: ShadowSet, model: nn.Module) -> None:
+    """Warn once of parameters of which a header will not be true: a schedule counts their steps."""
+    if not any(callable(window.decay) for window in shadow.windows.values()):
+        return
+    found = {
+        name: shadow.find(param) for param, name in names.unique_members(shadow, model).items()
+    }
+    late = [name for name, slot in found.items() if slot and shadow.ema_step(slot) < shadow.step]
+    if late:
+        shadow.warned.once(
+            "late",
+            f"the EMA of {', '.join(late[:3])}{' and others' if late[3:] else ''} has counted "
+            f"fewer steps than the snapshot's {shadow.step}, and its schedule goes by them: the "
+            "error of other windows is not told right for it. A constant decay has no such counter",
+        )
 
 
 def _check_dtype(dtype: object) -> None:

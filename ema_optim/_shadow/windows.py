@@ -101,7 +101,7 @@ class Windows(Births):
             raise ValueError(
                 f"{what} needs averages that one decay has made, got some whose decay was changed "
                 "on a resume, that were loaded by load_ema_state(), or that have an ema_decay of "
-                f"their param group: name one of the windows {list(self.windows)} as it is"
+                f"their param group: each window alone is read by name, {list(self.windows)}"
             )
         when = self.step, self.update_every, self.update_after_step
         return {name: Average(window.decay, *when) for name, window in self.windows.items()}

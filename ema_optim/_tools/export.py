@@ -37,9 +37,10 @@ def export_ema(
 ) -> dict[str, str]:
     """Write the EMA weights in a checkpoint to a safetensors file, without the training code.
 
-    One tensor is in memory at a time; no GPU and no model class are needed. The values are those of
-    ``get_ema_state()``, whatever the storage format, and whether or not the checkpoint was taken
-    while the EMA weights were swapped in. Files are read without running what is pickled in them.
+    Of several windows the first is written. One tensor is in memory at a time; no GPU and no model
+    class are needed. The values are those of ``get_ema_state()``, whatever the storage format, and
+    whether or not the checkpoint was taken while the EMA weights were swapped in. Files are read
+    without running what is pickled in them.
 
     Args:
         source: A ``checkpoint-N`` folder of the Hugging Face Trainer, a file with the state dict of
@@ -56,7 +57,8 @@ def export_ema(
 
     Returns:
         What was written into the header: ``ema_optim`` (the package's version), ``ema_source``,
-        ``ema_step`` and, where they are known, ``ema_decay`` and ``ema_global_step``.
+        ``ema_step`` and, where they are known, ``ema_decay`` (of several windows all of them, the
+        first one first) and ``ema_global_step``.
 
     Raises:
         FileNotFoundError, FileExistsError: There is no ``source``, or an ``output``.

@@ -37,8 +37,7 @@ def facts(source: Source, entries: Sequence[Entry], key: str | None) -> dict[str
         "ema_source": source.kind,
         "ema_step": max(steps or _steps(entries)),
         "ema_global_step": noted if source.step is None else source.step,
-        "ema_decay": _one([plain(group.get("ema_decay")) for group in groups]),
-        "ema_law": told(notes),
+        "ema_decay": _decay(groups, told(notes)),
         "ema_format": _one(formats),
         "ema_swapped": any(bool(plain(group.get("ema_swapped"))) for group in groups),
     }
@@ -55,14 +54,21 @@ def _told(source: Source, entries: Sequence[Entry], where: str) -> dict[str, str
         "steps": f"{known['ema_step']:,} optimizer steps"
         + ("" if step is None else f", saved at the trainer's step {step:,}"),
         "updates": f"each parameter's EMA has counted {own} steps",
-        "decay": known["ema_law"] or "not in the file"
-        if known["ema_decay"] is None
-        else str(known["ema_decay"]),
+        "decay": "not in the file" if known["ema_decay"] is None else str(known["ema_decay"]),
         "format": f"{known['ema_format'] or 'not in the file'} ({', '.join(kinds)})",
         "swapped": _swapped(known, entries),
         "tensors": f"{len(entries):,}, {values:,} values",
         "names": "yes" if names else "no: export needs --model",
     }
+
+
+def _decay(groups: Sequence[Mapping[str, Any]], law: str | None) -> Any:
+    """By which decay the EMA was made: the groups' own, or the optimizer's."""
+    own = [plain(group.get("ema_decay")) for group in groups]
+    if law is None:
+        return _one(own)
+    found = {law if decay is None else decay: None for decay in own}
+    return ", ".join(map(str, found)) + (" (by param group)" if len(found) > 1 else "")
 
 
 def _dtypes(entry: Entry) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -500,3 +501,20 @@ def test_averages_of_a_changed_law_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"EMASnapshots\.save\(\) needs averages that one decay"):
         EMASnapshots(tmp_path).save(run.optimizer, run.model)
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("decay", [0.9, power_decay(0.1)])
+def test_a_parameter_that_came_later_is_told_where_a_schedule_counts_its_steps(decay, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = EMAOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1), decay)
+    for step in range(8):
+        if step == 4:
+            optimizer.add_param_group({"params": list(model[1].parameters())})
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        EMASnapshots(tmp_path).save(optimizer, model)
+    told = [str(one.message) for one in caught if "fewer steps" in str(one.message)]
+    assert len(told) == callable(decay)
+    assert all("1.weight, 1.bias has counted" in text for text in told)

@@ -31,6 +31,7 @@ from torch.optim import SGD, AdamW
 import ema_optim
 from ema_optim import EMACallback, EMAModel, EMAOptimizer, export_ema, power_decay
 from ema_optim.__main__ import main
+from ema_optim._tools.info import info
 
 pytestmark = [
     # What torch says where a distributed checkpoint is saved by one process.
@@ -178,6 +179,28 @@ def test_header_says_what_these_weights_are(tmp_path):
     versions = {"ema_optim": ema_optim.__version__, "format": "pt"}
     facts = {"ema_source": "checkpoint file", "ema_step": "4", "ema_decay": "0.6"}
     assert told == versions | facts
+
+
+DECAYS = [
+    ({"decay": {"short": 0.3, "long": 0.5}}, {}, "short 0.3, long 0.5"),
+    ({"decay": 0.3}, {}, "0.3"),
+    ({"decay": 0.3}, {"ema_decay": 0.6}, "0.3, 0.6 (by param group)"),
+]
+
+
+@pytest.mark.parametrize(("options", "own", "decay"), DECAYS, ids=str)
+def test_header_and_info_say_every_decay(options, own, decay, tmp_path):
+    pairs = [("a", nn.Parameter(torch.ones(2))), ("b", nn.Parameter(torch.ones(3)))]
+    groups = [{"params": [pairs[0]]}, {"params": [pairs[1]], **own}]
+    optimizer = EMAOptimizer(SGD(groups, lr=0.1), **options)
+    for _, param in pairs:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    file = saved(tmp_path, optimizer=optimizer.state_dict())
+    assert export_ema(file, tmp_path / "ema.safetensors")["ema_decay"] == decay
+    assert f"decay     {decay}" in info(file)
+    first = optimizer.state[pairs[0][1]]["ema"]
+    assert torch.equal(load_file(tmp_path / "ema.safetensors")["a"], first)
 
 
 def test_tensors_of_every_shape_and_layout_are_written(tmp_path):
