@@ -49,6 +49,7 @@ class Settings:
         self.module = as_module(module)
         self.skip_non_finite = as_flag("skip_non_finite", skip_non_finite)
         self.sees_steps = sees_steps
+        self.has_copies = hasattr(source, "publish")
         self.device = as_device(device)
         self.offload = Offload.to(self.device)
         self.checkpoint_device: str | None = None  # of the weights that a state dict copies
@@ -68,9 +69,8 @@ class Settings:
         return Options(self.decay, self.dtype)
 
     def publish(self) -> None:
-        """Have the forward use what was written into the parameters, where it uses copies."""
-        if (publish := getattr(self.source, "publish", None)) is not None:
-            publish()
+        """Have the forward use what was written into the parameters, of which it uses copies."""
+        self.source.publish()
 
     @property
     def groups(self) -> list[Group]:

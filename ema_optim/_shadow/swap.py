@@ -93,9 +93,7 @@ def enter_eval(shadow: ShadowSet) -> None:
 def put_in(shadow: ShadowSet, shown: Shown | None = None) -> None:
     """Put the EMA weights in, with the warnings that they may be worth."""
     counted = shadow.counted()
-    windows = [(shadow, counted)]
-    if shown is not None:
-        windows = [(window, window.counted()) for window in shown.windows]
+    windows = [(shadow, counted)] if shown is None else [(w, w.counted()) for w in shown.windows]
     for window, slots in windows:
         report.warn_young(window, "swap", slots)
         if window.skip_non_finite:
@@ -131,7 +129,8 @@ def swap_in(shadow: ShadowSet, counted: Slots, shown: Shown | None = None) -> bo
             try:
                 state.move, state.shows_other = move, shown is not None
                 move.put_in()
-                shadow.publish()
+                if shadow.has_copies:
+                    shadow.publish()
                 record.take_for_ours(state, counted, before)
                 state.groups, state.versions = shadow.groups, record.versions_of(counted)
                 state.swapped = counted
@@ -199,7 +198,8 @@ def _finish(shadow: ShadowSet, move: Move) -> None:
     reshard(move.slots, shadow.module)
     with no_autograd():
         move.put_back()
-    shadow.publish()
+    if shadow.has_copies:
+        shadow.publish()
     record.take_for_ours(state, move.slots, before)
     state.swapped, state.shows_other = {}, False
     for slot in move.slots.values():
@@ -246,8 +246,7 @@ def apply(shadow: ShadowSet, shown: Shown | None = None) -> None:
         counted = state.swapped or shadow.counted()
         reshard(counted, shadow.module)
         if not state.swapped:
-            _write(counted, shown)
-            shadow.publish()
+            _write(shadow, counted, shown)
             return
         is_in = shown is None and not state.shows_other
         exchanged = {p: s for p, s in counted.items() if s.parked is None}
@@ -256,19 +255,20 @@ def apply(shadow: ShadowSet, shown: Shown | None = None) -> None:
         for slot in counted.values():
             slot.parked = None
         if not is_in:
-            _write(counted, shown)
-        shadow.publish()
+            _write(shadow, counted, shown)
         record.leave(state)
         if state.mode is Mode.EVAL:
             state.mode = Mode.TRAIN
     shadow.mark_swapped()
 
 
-def _write(slots: Slots, shown: Shown | None) -> None:
+def _write(shadow: ShadowSet, slots: Slots, shown: Shown | None) -> None:
     try:
         write_shown(slots, shown)
     finally:
         torch.clear_autocast_cache()
+    if shadow.has_copies:
+        shadow.publish()
 
 
 def resolve_pending(shadow: ShadowSet) -> None:
