@@ -289,6 +289,8 @@ def test_values_are_read_into_any_dtype(name, target):
     exact = decoded(*parts, torch.float32)
     if name == "float32_compensated" and target == torch.float64:
         exact = [m.double() + low.double() for m, low in zip(*parts, strict=True)]
+    if FORMATS[name].main == target:  # what a swap shows, which exchanges the main tensors
+        exact = parts[0]
     assert same(decoded(*parts, target), [value.to(target) for value in exact])
 
 

@@ -85,6 +85,17 @@ def test_model_file_of_inside_the_block_with_an_optimizer_file_of_outside_is_ref
     again.train(1)
 
 
+def test_every_way_into_the_weights_rounds_an_ema_in_float24_alike():
+    # At ties a swap and apply_ema() did not, and the refusal above did not know the EMA weights.
+    options = {"decay": equal_average(), "ema_dtype": "float24"}  # a mean of two has many ties
+    run = Run(torch.bfloat16, **options).train(2)
+    saved = {"model": swapped_save(run)["model"], "o": run.save()["o"]}
+    with pytest.raises(RuntimeError, match="got its EMA weights"):
+        Run(torch.bfloat16, seed=9, **options).load(saved).train(1)
+    run.optimizer.apply_ema()
+    assert same(run.weights(), dict(saved["model"]))
+
+
 @pytest.mark.parametrize("change", ["other weights", "apply_ema", "decay 0", "nothing averaged"])
 def test_first_step_after_a_load_is_refused_for_the_ema_weights_alone(change):
     options = {"decay 0": {"decay": 0.0}, "nothing averaged": {"update_after_step": 9}}
