@@ -226,6 +226,22 @@ def test_an_average_of_a_model_is_the_ordinary_one():
     assert same(emas[0].ema_metrics(), emas[1].ema_metrics())
 
 
+LOOKS = {
+    "find": lambda shadow, param: shadow.find(param),
+    "slots": lambda shadow, param: shadow.slots[param],
+    "all_slots": lambda shadow, param: shadow.all_slots()[param],
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_at_a_slot_finds_every_update_made(look):
+    (model, ours), (plain, theirs) = pair(update_every=3)
+    move(model, ours, 3)
+    move(plain, theirs, 3)
+    slot = LOOKS[look](ours._ema, model[2].bias)
+    assert torch.equal(slot.ema, theirs.state[plain[2].bias]["ema"])
+
+
 def test_a_copy_has_every_update_in_it():
     (model, ours), reference = pair(update_every=3)
     move(model, ours, 3)
