@@ -49,7 +49,7 @@ class Settings:
         self.module = as_module(module)
         self.skip_non_finite = as_flag("skip_non_finite", skip_non_finite)
         self.sees_steps = sees_steps
-        self.has_copies = hasattr(source, "publish")
+        self.has_copies = getattr(source, "has_ema_copies", False)
         self.device = as_device(device)
         self.offload = Offload.to(self.device)
         self.checkpoint_device: str | None = None  # of the weights that a state dict copies

@@ -37,6 +37,7 @@ class Masters:
         base: The torch optimizer inside; it steps the masters.
     """
 
+    has_ema_copies = True  # the forward uses copies, which ``publish`` makes
     masters = ""  # the attribute of ``zero`` that holds the masters
     weights = ""  # the one that holds the model's parameters, by param group
 

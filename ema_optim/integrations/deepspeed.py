@@ -12,7 +12,7 @@ from .._arithmetic.formats import EMADtype
 from .._checkpoint import layout, read
 from .._door import Door
 from .._shadow import names, report, swap
-from .._shadow.blocks import as_block
+from .._shadow.blocks import as_block, is_enabled
 from .._shadow.mistakes import check_by_name
 from .._shadow.options import check_groups, warn_of_tau
 from .._shadow.shadow_set import ShadowSet
@@ -108,8 +108,9 @@ class EMAEngine(Door):
 
         Raises:
             RuntimeError: The EMA weights are swapped in already.
+            TypeError: ``enabled`` is a name or a decay: there is one window.
         """
-        if not enabled:
+        if not is_enabled(enabled):
             yield
             return
         swap.get_ready(self._ema)
